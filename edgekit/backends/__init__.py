@@ -1,0 +1,60 @@
+"""The table of backends and what each must offer.
+
+A backend is a module; nothing outside this file asks for one by name. Adding a runtime is one module, one line in
+`BACKENDS` and one TOML profile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+# name -> module. Order is the order in which candidates are listed and ties are broken.
+BACKENDS: Mapping[str, str] = {
+    "onnxruntime": "edgekit.backends.onnxruntime",
+    "openvino": "edgekit.backends.openvino",
+}
+
+
+class Backend(Protocol):
+    """What a backend module defines."""
+
+    NAME: str
+    PRECISIONS: tuple[str, ...]
+    RUNNER: Path
+    """A Python file, standard library + numpy + the runtime only, that a worker loads on any host. It defines
+    `open_session(folder: str, threads: int, batch: int, profile: bool) -> session` with `session.run(inputs) -> outputs`
+    (dicts of arrays by name), `session.layers() -> list[dict]` (per-layer seconds when `profile`) and `version() -> str`."""
+
+    def missing(self) -> str | None:
+        """None if the runtime is installed, else the command that installs it."""
+        ...
+
+    def version(self) -> str:
+        """The runtime's version."""
+        ...
+
+    def refuses(self, model: ir.Model) -> list[str]:
+        """Why this runtime cannot take the model: one line per operator and node; empty if it can."""
+        ...
+
+    def saturates(self) -> bool:
+        """True if this runtime's u8×s8 kernels saturate on this machine; measured, not inferred from flags."""
+        ...
+
+    def lower(self, model: ir.Model, precision: str, folder: Path) -> list[str]:
+        """Write the runtime's files for `model` into `folder`; returns notes a user should read (usually none).
+
+        model: float for float32/float16, QDQ (the one quantized form) for int8. Tensor names and shapes are kept.
+        """
+        ...
+
+
+def get(name: str) -> Backend:
+    """The backend module called `name` (a key of BACKENDS)."""
+    return cast(Backend, import_module(BACKENDS[name]))

@@ -1,0 +1,34 @@
+"""The table of passes and the runner.
+
+A pass is a frozen dataclass called with `(model, dataset or None)` that returns a new model and never edits its input; its
+fields are its options. Adding a method is one file here and one line in `PASSES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from edgekit.dataset import Dataset
+
+# name -> "module:class"
+PASSES: Mapping[str, str] = {
+    "fold": "edgekit.passes.fold:Fold",
+    "quantize": "edgekit.passes.quantize:QuantizeInt8",
+}
+
+
+class Pass(Protocol):
+    """A frozen dataclass; calling it makes a better model."""
+
+    def __call__(self, model: ir.Model, data: Dataset | None) -> ir.Model: ...
+
+
+def apply(passes: Iterable[Pass], model: ir.Model, data: Dataset | None = None) -> ir.Model:
+    """Run passes in order."""
+    for step in passes:
+        model = step(model, data)
+    return model

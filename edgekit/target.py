@@ -1,0 +1,160 @@
+"""A target is a device: a TOML profile read into a frozen `Target`.
+
+Profiles are looked up by name in, first to last: `--targets DIR`, ~/.config/edgekit/targets, the shipped ones.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from edgekit.errors import TargetFileError, UnknownTargetError
+
+TARGET_SCHEMA = 1  # 1: first
+
+Precision = Literal[
+    "float32", "float16", "bfloat16", "int8", "int8-dynamic", "int8-weights", "int4-weights", "int8x16", "fixed"
+]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+
+
+@dataclass(frozen=True)
+class CandidateSpec:
+    """One backend × precision that could serve the target; `id` names its folder in a build."""
+
+    backend: str
+    precision: Precision
+
+    @property
+    def id(self) -> str:
+        return f"{self.backend}-{self.precision}"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device profile.
+
+    host: "local" when this machine is the device, "ssh" when it is reached over ssh.
+    arch: machine names as `platform.machine()` gives them; empty means any.
+    threads: thread counts to measure with; "all" is every physical core that the process may use.
+    weight_bits: 7 where u8×s8 kernels saturate, 8 elsewhere; "auto" asks each backend's measured probe on this machine.
+    """
+
+    name: str
+    description: str
+    candidates: tuple[CandidateSpec, ...]
+    host: Literal["local", "ssh"] = "local"
+    arch: tuple[str, ...] = ()
+    threads: tuple[int | Literal["all"], ...] = (1, "all")
+    weight_bits: Literal["auto", 7, 8] = "auto"
+    path: Path | None = field(default=None, compare=False)
+
+
+_KEYS = {"schema", "name", "description", "host", "arch", "threads", "weight_bits", "candidates"}
+_CANDIDATE_KEYS = {"backend", "precision"}
+
+
+def shipped_dir() -> Path:
+    """The profiles inside the installed package, or beside it in a source checkout."""
+    packaged = Path(__file__).parent / "_targets"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "targets"
+
+
+def search_path(extra: Path | None = None) -> list[Path]:
+    dirs = [Path.home() / ".config" / "edgekit" / "targets", shipped_dir()]
+    if extra is not None:
+        if not extra.is_dir():
+            raise TargetFileError(f"no folder '{extra}'", "pass --targets a folder of .toml profiles")
+        dirs.insert(0, extra)
+    return dirs
+
+
+def target_files(extra: Path | None = None) -> dict[str, Path]:
+    """Profile name -> file; an earlier folder wins."""
+    found: dict[str, Path] = {}
+    for directory in search_path(extra):
+        for path in sorted(directory.glob("*.toml")) if directory.is_dir() else ():
+            found.setdefault(path.stem, path)
+    return found
+
+
+def load_target(name: str, extra: Path | None = None) -> Target:
+    """Read the profile called `name`. Raises UnknownTargetError (with the nearest name) or TargetFileError."""
+    files = target_files(extra)
+    if name not in files:
+        near = difflib.get_close_matches(name, files, n=1, cutoff=0.4)
+        hint = f"did you mean '{near[0]}'?" if near else "known: " + ", ".join(sorted(files))
+        raise UnknownTargetError(f"no target '{name}'", hint + " (`edgekit targets` lists them)")
+    return read_target(files[name])
+
+
+def read_target(path: Path) -> Target:
+    """Parse one TOML profile, refusing unknown or missing keys."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise TargetFileError(f"cannot read target file '{path}': {error}", "fix the TOML") from error
+    _check_keys(path, data, _KEYS, required={"schema", "description", "candidates"})
+    if data["schema"] != TARGET_SCHEMA:
+        raise TargetFileError(
+            f"target file '{path}' has schema {data['schema']!r}", f"this edgekit reads schema {TARGET_SCHEMA}"
+        )
+    if data.get("name", path.stem) != path.stem:
+        raise TargetFileError(f"target file '{path}' calls itself '{data['name']}'", f"name it '{path.stem}'")
+    return Target(
+        name=path.stem,
+        description=_choice(path, "description", data["description"], str),
+        candidates=_candidates(path, data["candidates"]),
+        host=_one_of(path, "host", data.get("host", "local"), ("local", "ssh")),
+        arch=tuple(data.get("arch", ())),
+        threads=tuple(
+            t if t == "all" else _choice(path, "threads", t, int) for t in data.get("threads", (1, "all"))
+        ),
+        weight_bits=_one_of(path, "weight_bits", data.get("weight_bits", "auto"), ("auto", 7, 8)),
+        path=path,
+    )
+
+
+def _candidates(path: Path, rows: Any) -> tuple[CandidateSpec, ...]:
+    from edgekit.backends import BACKENDS
+
+    if not isinstance(rows, list) or not rows:
+        raise TargetFileError(f"target file '{path}' has no [[candidates]]", "add at least one backend and precision")
+    out = []
+    for row in rows:
+        _check_keys(path, row, _CANDIDATE_KEYS, required=_CANDIDATE_KEYS)
+        out.append(
+            CandidateSpec(
+                _one_of(path, "backend", row["backend"], tuple(BACKENDS)),
+                _one_of(path, "precision", row["precision"], PRECISIONS),
+            )
+        )
+    return tuple(out)
+
+
+def _check_keys(path: Path, data: dict[str, Any], known: set[str], required: set[str]) -> None:
+    for key in data:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"perhaps you meant '{near[0]}'" if near else "known keys: " + ", ".join(sorted(known))
+            raise TargetFileError(f"target file '{path}' has an unknown key '{key}'", hint)
+    for key in sorted(required - set(data)):
+        raise TargetFileError(f"target file '{path}' lacks the key '{key}'", "add it")
+
+
+def _one_of(path: Path, key: str, value: Any, allowed: Sequence[Any]) -> Any:
+    if value not in allowed:
+        raise TargetFileError(
+            f"target file '{path}': {key} = {value!r}", "one of " + ", ".join(repr(a) for a in allowed)
+        )
+    return value
+
+
+def _choice(path: Path, key: str, value: Any, kind: type) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TargetFileError(f"target file '{path}': {key} = {value!r}", f"give {kind.__name__}")
+    return value
