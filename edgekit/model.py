@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,30 @@ def to_bytes(model: ir.Model) -> bytes:
 def clone(model: ir.Model) -> ir.Model:
     """A copy that shares no mutable state with `model` (weights are immutable and may be shared)."""
     return ir.from_proto(ir.to_proto(model))
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Write a .onnx file; weights go to `<name>.data` beside it when one protobuf message cannot hold them."""
+    proto = to_proto(model)
+    large = proto.ByteSize() >= PROTOBUF_LIMIT
+    onnx.save_model(
+        proto, str(path), save_as_external_data=large, location=f"{path.name}.data" if large else None, size_threshold=1024
+    )
+
+
+def with_batch(model: ir.Model, batch: int) -> ir.Model:
+    """A copy whose symbolic batch is a fixed number, all shapes inferred anew."""
+    proto = to_proto(model)
+    given = {i.name for i in proto.graph.initializer}
+    for value in proto.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        if value.name not in given and dims and not dims[0].HasField("dim_value"):
+            dims[0].dim_value = batch
+    for value in proto.graph.output:  # left to inference, which may know more once the batch is fixed
+        for dim in value.type.tensor_type.shape.dim:
+            dim.ClearField("dim_param")
+    proto.graph.ClearField("value_info")
+    return ir.from_proto(onnx.shape_inference.infer_shapes(proto, data_prop=True))
 
 
 def opset(model: ir.Model) -> int:

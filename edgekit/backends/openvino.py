@@ -1,0 +1,125 @@
+"""OpenVINO on the CPU: float32, float16 weights and int8, as OpenVINO IR."""
+
+from __future__ import annotations
+
+import functools
+import re
+from importlib.metadata import version as _installed
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from edgekit import model as M
+from edgekit.backends.encoding import with_uint8_activations
+from edgekit.backends.saturation import PAIRS, SATURATED_BELOW, probe_operands
+from edgekit.errors import UnsupportedOpError
+
+NAME = "openvino"
+PRECISIONS = ("float32", "float16", "int8")
+RUNNER = Path(__file__).parent / "runners" / "openvino.py"
+
+
+def missing() -> str | None:
+    return None if find_spec("openvino") else "pip install 'edgekit[openvino]'"
+
+
+def version() -> str:
+    return _installed("openvino")
+
+
+def refuses(model: ir.Model) -> list[str]:
+    """OpenVINO's own verdict: the model is read and compiled, at batch 1 if it cannot be read with any batch."""
+    import openvino as ov
+
+    try:
+        _read(ov.Core(), model)
+    except UnsupportedOpError as error:
+        return [error.what]
+    return []
+
+
+@functools.cache
+def saturates() -> bool:
+    """Runs a 1×1 convolution of the largest u8 by the largest s8 values through the plugin's int8 kernel."""
+    import openvino as ov
+
+    x, w = probe_operands()
+    h = onnx.helper
+    depth = w.shape[0]
+    nodes = [
+        h.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        h.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        h.make_node("DequantizeLinear", ["w", "sw", "zw"], ["dw"], axis=0),
+        h.make_node("Conv", ["d", "dw"], ["y"]),
+    ]
+    weights = np.ascontiguousarray(w.T)[:, :, None, None]
+    array = onnx.numpy_helper.from_array
+    graph = h.make_graph(
+        nodes,
+        "saturation_probe",
+        [h.make_tensor_value_info("x", onnx.TensorProto.FLOAT, (1, depth, 4, 4))],
+        [h.make_tensor_value_info("y", onnx.TensorProto.FLOAT, (1, w.shape[1], 4, 4))],
+        [
+            array(np.float32(1), "s"),
+            array(np.uint8(0), "z"),
+            array(weights, "w"),
+            array(np.ones(w.shape[1], np.float32), "sw"),
+            array(np.zeros(w.shape[1], np.int8), "zw"),
+        ],
+    )
+    proto = h.make_model(graph, opset_imports=[h.make_opsetid("", 21)], ir_version=10)
+    core = ov.Core()
+    compiled = core.compile_model(
+        core.read_model(proto.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    y = compiled({"x": np.full((1, depth, 4, 4), x[0, 0], np.float32)})[0]
+    return bool(np.any(y < SATURATED_BELOW * PAIRS))
+
+
+def lower(model: ir.Model, precision: str, folder: Path) -> list[str]:
+    """Write model.xml and model.bin. float16 halves the weights on disk; arithmetic stays float32."""
+    import openvino as ov
+
+    core = ov.Core()
+    if precision == "int8":
+        model = with_uint8_activations(model)
+    read, notes = _read(core, model)
+    ov.save_model(read, str(folder / "model.xml"), compress_to_fp16=precision == "float16")
+    return notes
+
+
+def _read(core: Any, model: ir.Model) -> tuple[Any, list[str]]:
+    """The model as an ov.Model that compiles, with its batch left open if OpenVINO can."""
+    sig = M.signature(model)
+    attempts = [(model, "")]
+    if M.batch_of(sig) is None:
+        attempts.append((M.with_batch(model, 1), "OpenVINO takes this model only with a fixed batch: written for batch 1"))
+    failure: Exception | None = None
+    for attempt, note in attempts:
+        try:
+            read = core.read_model(M.to_bytes(attempt))
+            _keep_names(read, sig)
+            core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+            return read, [note] if note else []
+        except RuntimeError as error:
+            failure = failure or error
+    assert failure is not None
+    raise UnsupportedOpError(f"OpenVINO cannot take this model: {_first_reason(failure)}", "leave this backend out") from failure
+
+
+def _keep_names(read: Any, sig: M.Signature) -> None:
+    """Each input and output keeps exactly the model's tensor name, so that outputs are found by name after a reload."""
+    for ports, specs in ((read.inputs, sig.inputs), (read.outputs, sig.outputs)):
+        for port, spec in zip(ports, specs, strict=True):
+            port.get_tensor().set_names({spec.name})
+
+
+def _first_reason(error: Exception) -> str:
+    """The line of OpenVINO's many that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not re.match(r"^(Exception from|Check |FrontEnd|\[ NOT|src/|While )", line)]
+    return (told or lines or [type(error).__name__])[0][:200]
