@@ -1,0 +1,306 @@
+"""The command line: each command parses, calls one function of the pipeline, and prints.
+
+Nothing heavier than click is imported here; `edgekit --help` stays fast.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgekit import __version__
+from edgekit.errors import EdgekitError
+
+if TYPE_CHECKING:
+    from edgekit.preprocessing import Preprocessing
+
+INTERRUPTED = 130
+BUG = 3
+
+
+class _Group(click.Group):
+    """Turns expected failures into one line and their exit code, and bugs into a log to paste."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EdgekitError as error:
+            _fail(str(error), error.exit_code)
+        except (KeyboardInterrupt, click.Abort):
+            _fail("interrupted — what was finished is kept; run the same command again to go on", INTERRUPTED)
+        except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
+            raise
+        except MemoryError:
+            _fail("out of memory — use fewer samples or a smaller model", BUG)
+        except Exception as error:
+            _fail(f"bug in edgekit: {type(error).__name__}: {_one_line(error)} — please report it with {_log()}", BUG)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def _log() -> str:
+    """Write the traceback to a file and return its path."""
+    import platform
+    import tempfile
+    import traceback
+
+    fd, path = tempfile.mkstemp(prefix="edgekit-", suffix=".log")
+    with os.fdopen(fd, "w", encoding="utf-8") as file:
+        file.write(f"edgekit {__version__}, Python {platform.python_version()}, {platform.platform()}\n")
+        file.write("command: " + " ".join(sys.argv) + "\n\n" + traceback.format_exc())
+    return path
+
+
+def _emit(document: Any) -> None:
+    click.echo(json.dumps(document, indent=1, allow_nan=False))
+
+
+def _sizes(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """`96` or `96x128` (height x width)."""
+    if value is None:
+        return None
+    parts = value.lower().split("x")
+    if not 1 <= len(parts) <= 2 or not all(p.isdigit() and int(p) > 0 for p in parts):
+        raise click.BadParameter(f"'{value}': give HEIGHTxWIDTH, for example 96x96")
+    return int(parts[0]), int(parts[-1])
+
+
+def _numbers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+    """`0.5` or `0.485,0.456,0.406`."""
+    if value is None:
+        return None
+    try:
+        return tuple(float(v) for v in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"'{value}': give numbers separated by commas") from error
+
+
+def _number(_: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    """A number or a fraction such as 1/255."""
+    if value is None:
+        return None
+    try:
+        above, _slash, below = value.partition("/")
+        return float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError) as error:
+        raise click.BadParameter(f"'{value}': give a number or a fraction such as 1/255") from error
+
+
+def _shapes(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """`input=1,96,96,3`, once per input; `?` or -1 leaves a size open."""
+    out = {}
+    for value in values:
+        name, equals, sizes = value.rpartition("=")
+        try:
+            out[name] = tuple(-1 if s.strip() in ("?", "-1", "batch") else int(s) for s in sizes.split(","))
+        except ValueError:
+            equals = ""
+        if not equals or not name:
+            raise click.BadParameter(f"'{value}': give NAME=SIZE,SIZE,..., for example input=1,96,96,3")
+    return out
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+_data_options = _options(
+    click.option("--label-column", metavar="NAME", help="Label column of a .csv or .parquet file."),
+    click.option("--labels", type=click.Path(path_type=Path), help="File with the labels, if they are apart."),
+    click.option("--preprocessing", type=click.Path(path_type=Path), help="TOML with the options below."),
+    click.option("--resize", callback=_sizes, metavar="HxW", help="Resize images to this size."),
+    click.option("--crop", callback=_sizes, metavar="HxW", help="Crop the centre of images."),
+    click.option("--scale", callback=_number, metavar="X", help="Multiply by X, for example 1/255."),
+    click.option("--mean", callback=_numbers, metavar="M,..", help="Subtract, per channel, after scaling."),
+    click.option("--std", callback=_numbers, metavar="S,..", help="Divide by, per channel, after scaling."),
+    click.option("--channel-order", type=click.Choice(["RGB", "BGR"]), help="What the model wants."),
+    click.option("--layout", type=click.Choice(["NHWC", "NCHW"]), help="What the model wants."),
+)
+_model_options = _options(
+    click.option("--shape", "shapes", multiple=True, callback=_shapes, metavar="NAME=1,96,96,3", help="Size of an input."),
+    click.option("--trust", is_flag=True, help="Allow code inside a Keras file (Lambda layers) to run."),
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+_targets_option = click.option("--targets", "targets_dir", type=click.Path(path_type=Path), help="Folder of own profiles.")
+_PREPROCESSING_FLAGS = ("resize", "crop", "scale", "mean", "std", "channel_order", "layout")
+
+
+def _data_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Take the data options out of a command's arguments and turn them into what open_dataset wants."""
+    flags = {k: given.pop(k) for k in _PREPROCESSING_FLAGS}
+    given["preprocessing"] = _preprocessing(given.pop("preprocessing"), flags)
+    return given
+
+
+def _preprocessing(path: Path | None, flags: dict[str, Any]) -> Preprocessing | None:
+    chosen = {k: v for k, v in flags.items() if v is not None}
+    if path is None and not chosen:
+        return None
+    from edgekit.preprocessing import Preprocessing
+
+    base = Preprocessing.from_toml(path) if path is not None else Preprocessing()
+    return base.merge(chosen)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="edgekit")
+def main() -> None:
+    """Take a trained Keras or ONNX model to a device: compress, convert, verify, measure, ship."""
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-t", "--target", "targets", multiple=True, default=("cpu",), show_default=True, help="Device profile.")
+@click.option("--data", help="Calibration data: .npz, .npy, image folder, .csv, .parquet or module:function.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("build"), show_default=True)
+@click.option("--precision", "precisions", multiple=True, help="Only these (float32 is kept as the baseline).")
+@click.option("--samples", type=click.IntRange(1), default=256, show_default=True, help="Calibration samples.")
+@click.option(
+    "--calibration", type=click.Choice(["auto", "minmax", "percentile", "mse"]), default="auto", show_default=True
+)
+@click.option("--weight-bits", type=click.Choice(["auto", "7", "8"]), default="auto", show_default=True)
+@click.option("--keep-float", multiple=True, metavar="NODE", help="Leave this node in float.")
+@click.option("--random-calibration", is_flag=True, help="Calibrate on random inputs; every report says so.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@_model_options
+@_data_options
+@_targets_option
+@_json_option
+def convert(as_json: bool, **given: Any) -> None:
+    """Convert MODEL for one or more targets and prove every artifact against the original."""
+    from edgekit import pipeline
+    from edgekit.report.progress import progress_bar
+
+    with progress_bar(enabled=True) as progress:
+        result = pipeline.convert(given.pop("model"), progress=progress, **_data_arguments(given))
+    if as_json:
+        return _emit(result)
+    from edgekit.report.terminal import print_convert
+
+    print_convert(result)
+
+
+@main.command()
+@click.argument("build", type=click.Path(path_type=Path))
+@click.option("-t", "--target", "targets", multiple=True, help="Only these targets of the build.")
+@click.option("--data", help="Test data, with labels if you have them.")
+@click.option("--samples", type=click.IntRange(1), help="Use at most this many samples (a seeded choice).")
+@click.option("--quick", is_flag=True, help="Fewer runs; every number is marked so.")
+@click.option("--threads", "threads", multiple=True, metavar="N|all", help="Thread counts instead of the profile's.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Samples per timed inference.")
+@click.option("--profile", is_flag=True, help="Time per layer, where the runtime gives it.")
+@click.option("--max-accuracy-drop", type=click.FloatRange(0, 1), default=0.01, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@_data_options
+@_targets_option
+@_json_option
+def bench(as_json: bool, **given: Any) -> None:
+    """Measure every candidate of BUILD side by side and say which one to ship."""
+    from edgekit import pipeline
+    from edgekit.report.progress import progress_bar
+
+    with progress_bar(enabled=True) as progress:
+        document = pipeline.bench(given.pop("build"), progress=progress, **_data_arguments(given))
+    if as_json:
+        return _emit(document)
+    from edgekit.report.terminal import print_document
+
+    print_document(document)
+
+
+@main.command()
+@click.argument("build", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Write here instead of to the terminal.")
+@click.option("--format", "kind", type=click.Choice(["text", "md", "json"]), help="Default: by the file's name, else text.")
+def report(build: Path, out: Path | None, kind: str | None) -> None:
+    """Show what was measured in BUILD."""
+    from edgekit import pipeline
+
+    text = pipeline.report(build, out=out, kind=kind)
+    click.echo(str(out) if out else text, nl=bool(out))
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--layers", is_flag=True, help="One line per layer.")
+@_model_options
+@_json_option
+def inspect(model: Path, layers: bool, shapes: dict[str, tuple[int, ...]], trust: bool, as_json: bool) -> None:
+    """Signature, operators, parameters, MACs, memory of MODEL, and which backends can take it."""
+    from edgekit import pipeline
+
+    document = pipeline.inspect(model, shapes=shapes, trust=trust)
+    if as_json:
+        return _emit(document)
+    from edgekit.report.terminal import print_inspection
+
+    print_inspection(document, layers=layers)
+
+
+@main.command()
+@_targets_option
+@_json_option
+def targets(targets_dir: Path | None, as_json: bool) -> None:
+    """List the device profiles."""
+    from edgekit.target import read_target, target_files
+
+    known = [read_target(path) for _, path in sorted(target_files(targets_dir).items())]
+    if as_json:
+        rows = [
+            {"name": t.name, "description": t.description, "candidates": [c.id for c in t.candidates], "path": str(t.path)}
+            for t in known
+        ]
+        return _emit({"schema": 1, "targets": rows})
+    for t in known:
+        click.echo(f"{t.name:<14} {t.description}\n{'':<14} " + ", ".join(c.id for c in t.candidates))
+
+
+@main.command()
+@_json_option
+def doctor(as_json: bool) -> None:
+    """What is installed, what this CPU can do, what is missing and how to get it."""
+    from edgekit.doctor import examine
+
+    document = examine()
+    if as_json:
+        return _emit(document)
+    from edgekit.report.terminal import print_doctor
+
+    print_doctor(document)
+
+
+@main.command()
+@click.option("--model", type=click.Choice(["mlp", "cnn"]), default="mlp", show_default=True)
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("edgekit-demo"), show_default=True)
+@click.option("--quick/--full", default=True, show_default=True, help="Fewer runs, or the full protocol.")
+@_json_option
+def demo(model: str, out: Path, quick: bool, as_json: bool) -> None:
+    """Convert, verify and measure a small real model that ships with edgekit."""
+    from edgekit.demo import run_demo
+    from edgekit.report.progress import progress_bar
+
+    with progress_bar(enabled=True) as progress:
+        document = run_demo(model, out, quick=quick, progress=progress)
+    if as_json:
+        return _emit(document)
+    from edgekit.report.terminal import print_document
+
+    print_document(document)

@@ -1,0 +1,184 @@
+"""The straight line as functions: load, convert, bench, report, inspect. The command line and the Python API call these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekit import artifact, backends
+from edgekit.errors import (
+    ArtifactError,
+    MissingExtraError,
+    NoCalibrationDataError,
+    PrecisionError,
+    UnsupportedOpError,
+)
+from edgekit.report.progress import Progress, silent
+from edgekit.target import PRECISIONS, CandidateSpec, Target, load_target
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from edgekit.dataset import Dataset
+    from edgekit.preprocessing import Preprocessing
+    from edgekit.sources import Source
+
+CONVERT_SCHEMA = 1  # 1: first
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One artifact to make: a candidate of a target, or why it is not made."""
+
+    target: Target
+    candidate: CandidateSpec
+    skipped: str = ""
+
+
+def load(
+    path: Path | str,
+    *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    trust: bool = False,
+    data: Dataset | None = None,
+    progress: Progress = silent,
+) -> Source:
+    """Read a Keras or ONNX model and check the result against the original. Raises ModelFileError and its kin."""
+    from edgekit import sources
+
+    return sources.load(
+        Path(path), shapes=shapes or {}, trust=trust, data=data, progress=lambda stage: progress(stage, 0, 0)
+    )
+
+
+def convert(
+    model: Path | str,
+    targets: Sequence[str] = ("cpu",),
+    *,
+    data: str | Path | Dataset | None = None,
+    out: Path | str = "build",
+    precisions: Sequence[str] = (),
+    samples: int = 256,
+    calibration: str = "auto",
+    weight_bits: str | int = "auto",
+    keep_float: Sequence[str] = (),
+    random_calibration: bool = False,
+    seed: int = 0,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    trust: bool = False,
+    preprocessing: Preprocessing | None = None,
+    label_column: str | None = None,
+    labels: Path | None = None,
+    targets_dir: Path | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Make and verify an artifact for every candidate of every target.
+
+    model: path of a .keras, .h5, SavedModel folder or .onnx.
+    data: calibration data (see `edgekit.open_dataset`); needed for int8 unless `random_calibration`.
+    precisions: only these; float32 is always made beside them, as the baseline that `bench` compares with.
+    Returns a JSON-ready summary; writes `out/<target>/<backend>-<precision>/`.
+    """
+    from edgekit.stages import Conversion
+
+    work = _plan_work([load_target(name, targets_dir) for name in _as_list(targets)], precisions)
+    wants_int8 = any(w.candidate.precision == "int8" and not w.skipped for w in work)
+    if wants_int8 and data is None and not random_calibration:
+        raise NoCalibrationDataError(
+            "int8 needs calibration data", "pass --data FILE (a few hundred samples), or --precision float32, or --random-calibration"
+        )
+    dataset = _open(data, preprocessing, label_column, labels)
+    root = artifact.open_build(Path(out))
+    job = Conversion(
+        root=root,
+        model=Path(model),
+        dataset=dataset,
+        samples=samples,
+        calibration=calibration,
+        keep_float=tuple(keep_float),
+        random_calibration=random_calibration and data is None,
+        seed=seed,
+        shapes=dict(shapes or {}),
+        trust=trust,
+        progress=progress,
+    )
+    rows = []
+    for item in work:
+        row: dict[str, Any] = {"target": item.target.name, "candidate": item.candidate.id}
+        if item.skipped:
+            rows.append({**row, "status": "not run", "why": item.skipped})
+            continue
+        bits = _weight_bits(item.target, work, weight_bits)
+        try:
+            rows.append({**row, **job.candidate(item.target, item.candidate, bits)})
+        except UnsupportedOpError as error:
+            rows.append({**row, "status": "not run", "why": error.what})
+    if all(r["status"] == "not run" for r in rows):
+        raise UnsupportedOpError("no candidate could be made: " + "; ".join(f"{r['candidate']}: {r['why']}" for r in rows))
+    return {"schema": CONVERT_SCHEMA, "build": str(root), **job.summary(), "artifacts": rows}
+
+
+def _as_list(names: Sequence[str] | str) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _plan_work(targets: Sequence[Target], precisions: Sequence[str]) -> list[_Work]:
+    """Which candidates to make, before anything slow: unknown precisions and missing runtimes show here."""
+    import difflib
+
+    for wanted in precisions:
+        if wanted not in PRECISIONS:
+            near = difflib.get_close_matches(wanted, PRECISIONS, n=1)
+            raise PrecisionError(
+                f"no precision '{wanted}'", f"did you mean '{near[0]}'?" if near else "one of " + ", ".join(PRECISIONS)
+            )
+    work = []
+    for target in targets:
+        offered = {c.precision for c in target.candidates}
+        for wanted in precisions:
+            if wanted not in offered:
+                raise PrecisionError(
+                    f"target '{target.name}' has no {wanted} candidate", "it offers " + ", ".join(sorted(offered))
+                )
+        keep = {*precisions, "float32"} if precisions else offered
+        for candidate in target.candidates:
+            if candidate.precision in keep:
+                install = backends.get(candidate.backend).missing()
+                why = f"needs {candidate.backend}: {install}" if install else ""
+                work.append(_Work(target, candidate, why))
+        if all(w.skipped for w in work if w.target is target):
+            raise MissingExtraError(f"no runtime of target '{target.name}' is installed", work[-1].skipped)
+    return work
+
+
+def _weight_bits(target: Target, work: Sequence[_Work], asked: str | int) -> int:
+    """7 where a u8×s8 kernel of any of the target's runtimes saturates, so that all get the same integers; else 8."""
+    if str(asked) != "auto":
+        return int(asked)
+    if target.weight_bits != "auto":
+        return target.weight_bits
+    used = {w.candidate.backend for w in work if w.target is target and not w.skipped and w.candidate.precision == "int8"}
+    return 7 if any(backends.get(name).saturates() for name in sorted(used)) else 8
+
+
+def _open(
+    data: str | Path | Dataset | None, preprocessing: Preprocessing | None, label_column: str | None, labels: Path | None
+) -> Dataset | None:
+    if data is None:
+        return None
+    from edgekit.dataset import Dataset, open_dataset
+
+    if isinstance(data, Dataset):
+        return data
+    return open_dataset(data, preprocessing=preprocessing, label_column=label_column, labels=labels)
+
+
+def inspect(
+    model: Path | str, *, shapes: Mapping[str, tuple[int, ...]] | None = None, trust: bool = False
+) -> dict[str, Any]:
+    """Signature, operators, parameters, MACs, activation memory, and which backends can take the model."""
+    from edgekit.inspection import inspect as examine
+
+    return examine(load(model, shapes=shapes, trust=trust).model)

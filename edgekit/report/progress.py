@@ -1,0 +1,64 @@
+"""Progress on standard error: a bar in a terminal, one plain line per stage elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+Progress = Callable[[str, float, float], None]
+"""(stage, done, total); total 0 means unknown. Called often; must be cheap."""
+
+_PLAIN_EVERY_S = 10.0
+
+
+def silent(stage: str, done: float, total: float) -> None:
+    """The progress of whoever does not want any."""
+
+
+@contextlib.contextmanager
+def progress_bar(*, enabled: bool) -> Iterator[Progress]:
+    """A progress callback for the duration of a command."""
+    if not enabled:
+        yield silent
+    elif sys.stderr.isatty():
+        with _rich_bar() as bar:
+            yield bar
+    else:
+        yield _plain_lines()
+
+
+@contextlib.contextmanager
+def _rich_bar() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, int] = {}
+
+        def show(stage: str, done: float, total: float) -> None:
+            if stage not in tasks:
+                for task in tasks.values():
+                    bar.remove_task(task)  # type: ignore[arg-type]
+                tasks.clear()
+                tasks[stage] = bar.add_task(stage, total=total or None)
+            bar.update(tasks[stage], completed=done, total=total or None)  # type: ignore[arg-type]
+
+        yield show
+
+
+def _plain_lines() -> Progress:
+    last = {"stage": "", "time": 0.0}
+
+    def show(stage: str, done: float, total: float) -> None:
+        now = time.monotonic()
+        if stage == last["stage"] and now - float(last["time"]) < _PLAIN_EVERY_S:
+            return
+        share = f" {100 * done / total:.0f}%" if total and done else ""
+        print(f"{stage}{share}", file=sys.stderr, flush=True)
+        last["stage"], last["time"] = stage, now
+
+    return show
