@@ -1,0 +1,137 @@
+"""Summarises the measurements of one run into the document that `edgekit bench --json` prints and reports are made of.
+
+Pure: the same measurements always give the same document, so a report needs no second bench.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from edgekit.bench import verdict
+from edgekit.bench.results import Measurement
+from edgekit.bench.statistics import Rounds, Summary, ratio_of_medians, summarize
+
+DOCUMENT_SCHEMA = 1  # 1: first
+
+Row = dict[str, Any]
+_PARITY = ("per_op_max_lsb", "fraction_equal", "label_agreement")
+_LATENCY_KEYS = ("p50", "p90", "p99", "mean", "ratio_to_float", "ratio_ci95")
+
+
+def document(measurements: Sequence[Measurement], max_accuracy_drop: float = 0.01) -> dict[str, Any]:
+    """The bench document, schema 1; DESIGN "Measuring". Absent figures are None and their row's `reasons` say why.
+
+    ratio_to_float: p50 over that of the fastest float32 row with the same number of threads.
+    ratio_to_best_float: over that of the fastest float32 row of the target at any number of threads.
+    """
+    rows = [row for target in _targets(measurements) for row in _target_rows(target, measurements)]
+    machine = measurements[-1].machine if measurements else {}
+    facts = machine.get("facts", {})
+    settings = dict(measurements[-1].settings) if measurements else {}
+    return {
+        "schema": DOCUMENT_SCHEMA,
+        "run": measurements[-1].run if measurements else None,
+        "taken": measurements[0].taken if measurements else None,
+        "settings": {**settings, "max_accuracy_drop": max_accuracy_drop},
+        "dataset": next((m.dataset for m in measurements if m.dataset is not None), None),
+        "machine": {**facts, **{k: machine.get(k) for k in ("before", "after", "warnings")}},
+        "artifacts": rows,
+        "verdict": {
+            target: verdict.decide([r for r in rows if r["target"] == target], max_accuracy_drop)
+            for target in _targets(measurements)
+        },
+    }
+
+
+def _targets(measurements: Sequence[Measurement]) -> list[str]:
+    return list(dict.fromkeys(m.target for m in measurements))
+
+
+def _target_rows(target: str, measurements: Sequence[Measurement]) -> list[Row]:
+    own = [m for m in measurements if m.target == target]
+    quality = {_candidate(m): m for m in own if m.metric == "quality"}
+    layers = {_candidate(m): m for m in own if m.metric == "layers"}
+    timed = [m for m in own if m.metric == "latency"]
+    rounds = [[np.array(r, np.float64) for r in m.samples if r] for m in timed]
+    summaries = [summarize(r) if r else None for r in rounds]
+    rows = []
+    for index, measured in enumerate(timed):
+        row = _row(measured, quality.get(_candidate(measured)), layers.get(_candidate(measured)))
+        row["latency_s"] = _latency(index, timed, rounds, summaries, row)
+        rows.append(row)
+    return rows
+
+
+def _candidate(measured: Measurement) -> tuple[str, str]:
+    return measured.backend, measured.precision
+
+
+def _row(measured: Measurement, quality: Measurement | None, layers: Measurement | None) -> Row:
+    judged = quality is not None and not quality.valid
+    reasons = [*measured.reasons] if not measured.valid else []
+    if quality is not None and judged:
+        reasons += quality.reasons
+    reasons += [*measured.reasons, *(quality.reasons if quality is not None else ("quality: no data were given",))]
+    figures = measured.figures
+    parity = measured.parity
+    if parity is None:
+        reasons.append("parity: not recorded in the manifest")
+    return {
+        "target": measured.target,
+        "backend": measured.backend,
+        "precision": measured.precision,
+        "path": measured.path,
+        "sha256": measured.sha256,
+        "size_bytes": measured.size_bytes,
+        "valid": measured.valid and not judged,
+        "reasons": list(dict.fromkeys(reasons)),
+        "notes": list(measured.notes),
+        "latency_s": None,
+        "load_s": figures.get("load_s"),
+        "import_s": figures.get("import_s"),
+        "first_inference_s": figures.get("first_inference_s"),
+        "peak_rss_bytes": figures.get("peak_rss_bytes"),
+        "runtime_version": figures.get("runtime_version"),
+        "threads": measured.threads,
+        "batch": measured.batch,
+        "quality": None if quality is None else dict(quality.figures),
+        "parity": None if parity is None else {key: parity.get(key) for key in _PARITY},
+        "layers": None if layers is None else layers.figures["layers"],
+    }
+
+
+def _latency(
+    index: int, timed: Sequence[Measurement], rounds: Sequence[Rounds], summaries: Sequence[Summary | None], row: Row
+) -> dict[str, Any]:
+    """Seconds; adds the reasons for what is missing to the row."""
+    empty: dict[str, Any] = dict.fromkeys((*_LATENCY_KEYS, "ratio_to_best_float", "ratio_to_best_float_ci95"))
+    own = summaries[index]
+    if own is None:
+        if not row["reasons"]:
+            row["reasons"].append("latency: not timed")
+        return {**empty, "samples": 0, "throughput_per_s": None}
+    row["reasons"] += [r for r in own.reasons if r not in row["reasons"]]
+    row["notes"] += [n for n in own.notes if n not in row["notes"]]
+    floats = [i for i, m in enumerate(timed) if m.precision == "float32" and m.valid and summaries[i] is not None]
+    same = [i for i in floats if timed[i].threads == timed[index].threads]
+    found = {**empty, "p50": own.p50, "p90": own.p90, "p99": own.p99, "mean": own.mean, "samples": own.samples}
+    found["throughput_per_s"] = (timed[index].batch or 1) / own.mean
+    for among, key, interval in (
+        (same, "ratio_to_float", "ratio_ci95"),
+        (floats, "ratio_to_best_float", "ratio_to_best_float_ci95"),
+    ):
+        fastest = min(among, key=lambda i: _p50(summaries[i]), default=None)
+        if fastest is None:
+            row["reasons"].append(f"{key}: no float32 candidate was timed")
+            continue
+        seed = int(timed[index].settings.get("seed", 0))
+        ratio = ratio_of_medians(rounds[index], rounds[fastest], seed)
+        found[key], found[interval] = ratio.value, [ratio.low, ratio.high]
+    return found
+
+
+def _p50(summary: Summary | None) -> float:
+    return float("inf") if summary is None else summary.p50

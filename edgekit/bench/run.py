@@ -1,0 +1,337 @@
+"""Measures candidates: quality first, then latency side by side, and returns the document of what was found."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from edgekit.bench import machine, results
+from edgekit.bench.client import Loaded, Worker, local_command, thread_environment
+from edgekit.bench.document import document
+from edgekit.bench.quality import Meter
+from edgekit.bench.results import Measurement
+from edgekit.bench.schedule import FULL, QUICK, Pace, Progress, Series
+from edgekit.bench.schedule import run as take_turns
+from edgekit.errors import ArtifactError, WorkerError
+from edgekit.model import Signature, Tensors, batch_of, seeded_inputs
+
+if TYPE_CHECKING:
+    from edgekit.dataset import Dataset
+
+QUALITY_BATCH = 32  # samples per message where the model's batch is free: enough to hide the pipe, small in memory
+_PROFILE_RUNS = 20
+_PROFILE_S = 1.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One artifact to measure.
+
+    path: its folder. runner: the backend's runner file. sha256, size_bytes: of the artifact's files.
+    parity: the manifest's record, or None. problems: why its manifest says it is wrong (parity failed): not timed.
+    """
+
+    target: str
+    backend: str
+    precision: str
+    path: Path
+    runner: Path
+    sha256: str
+    size_bytes: int
+    signature: Signature
+    parity: dict[str, Any] | None = None
+    problems: tuple[str, ...] = ()
+
+    @property
+    def id(self) -> str:
+        return f"{self.backend}-{self.precision}"
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """Quality of one entry; `problems` make it invalid."""
+
+    figures: dict[str, Any]
+    reasons: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """Latency of one entry at one number of threads; `error` is why there are no samples."""
+
+    entry: Entry
+    threads: int
+    batch: int
+    series: Series
+    figures: dict[str, Any]
+
+
+def run_bench(
+    entries: Sequence[Entry],
+    dataset: Dataset | None,
+    *,
+    threads: Sequence[int | Literal["all"]] = (1, "all"),
+    quick: bool = False,
+    profile: bool = False,
+    max_accuracy_drop: float = 0.01,
+    seed: int = 0,
+    progress: Progress | None = None,
+    sample_limit: int | None = None,
+    batch: int = 1,
+    results_path: Path | None = None,
+    pace: Pace | None = None,
+) -> dict[str, Any]:
+    """Measure every entry and return the bench document (bench.document); append to `results_path` if given.
+
+    threads: thread counts to time with; "all" is every physical core that this process may use.
+    sample_limit: judge quality on that many samples, a seeded choice. batch: samples per timed inference, where the
+    model leaves it free. progress(stage, done, total). Raises ArtifactError without entries, LabelError for labels
+    that do not fit; a candidate that fails is a row with `valid` false and its reasons, the others go on.
+    """
+    if not entries:
+        raise ArtifactError("there is nothing to measure", "run `edgekit convert` first")
+    report = progress or (lambda stage, done, total: None)
+    pace = pace or (QUICK if quick else FULL)
+    counts = _thread_counts(threads)
+    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+    settings = {**asdict(pace), "seed": seed, "threads": counts}
+    if dataset is not None and sample_limit is not None:
+        dataset = dataset.take(sample_limit, seed)
+    facts, before = machine.facts(), machine.state()
+    warnings = machine.warnings_before(facts, before)
+    found: list[Measurement] = []
+    for target in dict.fromkeys(e.target for e in entries):
+        own = [e for e in entries if e.target == target]
+        data = None if dataset is None else dataset.bind(own[0].signature)
+        judged = _judge(own, data, report)
+        usable = [e for e in own if not (e.problems or judged[e.id].problems)]
+        timed = [] if facts["emulated"] else _time(usable, data, counts, batch, pace, seed, report)
+        layers = _profile(usable, data, batch, report) if profile and not facts["emulated"] else {}
+        after = machine.state()
+        state: dict[str, Any] = {"facts": facts, "before": before, "after": after}
+        state["warnings"] = warnings + machine.warnings_after(before, after)
+        part = _measurements(own, judged, timed, layers, counts, facts["emulated"])
+        taken = datetime.now(UTC).isoformat(timespec="seconds")
+        name = None if dataset is None else _describe(dataset)
+        part = [replace(m, run=run_id, taken=taken, machine=state, settings=settings, dataset=name) for m in part]
+        if results_path is not None:
+            results.append(results_path, part)
+        found += part
+    return document(found, max_accuracy_drop)
+
+
+def _thread_counts(threads: Sequence[int | Literal["all"]]) -> list[int]:
+    return sorted({machine.physical_cores() if t == "all" else int(t) for t in threads})
+
+
+def _describe(dataset: Dataset) -> dict[str, Any]:
+    return {"name": dataset.name, "digest": dataset.digest, "samples": dataset.samples, "labelled": dataset.labelled}
+
+
+# --- quality ---------------------------------------------------------------------------------------
+def _judge(entries: Sequence[Entry], data: Dataset | None, report: Progress) -> dict[str, _Judged]:
+    """Quality of each entry by id. The first float32 entry that works is the reference for agreement."""
+    if data is None:
+        return {e.id: _Judged({}, (), ()) for e in entries}
+    order = sorted((e for e in entries if not e.problems), key=lambda e: e.precision != "float32")
+    with contextlib.ExitStack() as stack:
+        opened: dict[str, tuple[Entry, Worker, Meter]] = {}
+        failed: dict[str, str] = {}
+        for entry in order:
+            size = batch_of(entry.signature) or QUALITY_BATCH
+            worker = _worker(entry, machine.physical_cores(), size)
+            try:
+                stack.enter_context(worker).load()
+                opened[entry.id] = (entry, worker, Meter())
+            except WorkerError as error:
+                failed[entry.id] = error.what
+        for done, part in _batches(data, entries[0].signature, report):
+            _judge_batch(part, opened, failed)
+            report(f"quality {entries[0].target}", done, data.samples)
+        judged = {e.id: _Judged({}, (), ()) for e in entries}
+        for key, (_, _, meter) in opened.items():
+            figures, reasons, problems = meter.result()
+            judged[key] = _Judged(figures, tuple(reasons), tuple(problems))
+        return {**judged, **{key: _Judged({}, (), (why,)) for key, why in failed.items()}}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One padded batch: `count` samples are real."""
+
+    inputs: Tensors
+    labels: np.ndarray[Any, Any] | None
+    index: np.ndarray[Any, Any]
+    count: int
+
+
+def _batches(data: Dataset, sig: Signature, report: Progress) -> Iterator[tuple[int, _Part]]:
+    """(samples done so far, part): every part has the same batch size, as compiled models want."""
+    size = batch_of(sig) or QUALITY_BATCH
+    done = 0
+    for part in data.batches(size):
+        count = len(part.index)
+        inputs = {k: _fill(v, size) for k, v in part.inputs.items()}
+        done += count
+        yield done, _Part(inputs, part.labels, part.index, count)
+
+
+def _judge_batch(part: _Part, opened: dict[str, tuple[Entry, Worker, Meter]], failed: dict[str, str]) -> None:
+    """Run one batch on every candidate; one that fails is moved from `opened` to `failed`."""
+    reference: Tensors | None = None
+    for key, (entry, worker, meter) in list(opened.items()):
+        try:
+            outputs = worker.infer(part.inputs)
+        except WorkerError as error:
+            failed[key] = error.what
+            del opened[key]
+            continue
+        outputs = {n: v[: part.count] for n, v in outputs.items()}
+        if reference is None and entry.precision == "float32":
+            reference = outputs
+        meter.update(outputs, reference, part.labels, part.index)
+
+
+def _fill(array: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
+    """The batch repeated or cut to `size` samples."""
+    return array if len(array) == size else array[np.arange(size) % len(array)]
+
+
+def _worker(entry: Entry, threads: int, batch: int, profile: bool = False) -> Worker:
+    command = local_command(entry.runner, entry.path, threads, batch, profile)
+    return Worker(command, f"{entry.target}/{entry.id}", env=thread_environment(threads))
+
+
+# --- latency ---------------------------------------------------------------------------------------
+def _inputs(sig: Signature, data: Dataset | None, batch: int) -> Tensors:
+    """What is timed: the first samples of the dataset, or seeded values."""
+    if data is None:
+        return seeded_inputs(sig, batch)
+    part = next(iter(data.batches(batch)))
+    return {k: _fill(v, batch) for k, v in part.inputs.items()}
+
+
+def _time(
+    entries: Sequence[Entry],
+    data: Dataset | None,
+    counts: Sequence[int],
+    batch: int,
+    pace: Pace,
+    seed: int,
+    report: Progress,
+) -> list[_Timed]:
+    """Every entry at every thread count, all in one schedule: one running, the others waiting."""
+    if not entries:
+        return []
+    size = batch_of(entries[0].signature) or batch
+    inputs = _inputs(entries[0].signature, data, size)
+    cases = [(entry, count) for entry in entries for count in counts]
+    lost: list[_Timed] = []
+    target = entries[0].target
+    with contextlib.ExitStack() as stack:
+        ready: list[tuple[Entry, int, Worker, dict[str, Any]]] = []
+        for done, (entry, count) in enumerate(cases):
+            report(f"load {target}", done, len(cases))
+            worker = _worker(entry, count, size)
+            try:
+                loaded = stack.enter_context(worker).load()
+                ready.append((entry, count, worker, _figures(loaded, worker.first(inputs)[0])))
+            except WorkerError as error:
+                lost.append(_Timed(entry, count, size, Series((), error.what), {}))
+        turns = take_turns(
+            [w for _, _, w, _ in ready], pace, seed, lambda stage, done, total: report(f"{stage} {target}", done, total)
+        )
+        timed = []
+        for (entry, count, worker, figures), series in zip(ready, turns, strict=True):
+            if series.error is None:
+                figures["peak_rss_bytes"] = worker.peak_rss_bytes()
+            timed.append(_Timed(entry, count, size, series, figures))
+        return timed + lost
+
+
+def _figures(loaded: Loaded, first_s: float) -> dict[str, Any]:
+    return {
+        "import_s": loaded.import_s,
+        "load_s": loaded.load_s,
+        "first_inference_s": first_s,
+        "runtime_version": loaded.version,
+    }
+
+
+def _profile(
+    entries: Sequence[Entry], data: Dataset | None, batch: int, report: Progress
+) -> dict[str, list[dict[str, Any]]]:
+    """Mean seconds per layer and call at one thread, in workers of their own: profiling slows a run down."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for done, entry in enumerate(entries):
+        report(f"profile {entry.target}", done, len(entries))
+        size = batch_of(entry.signature) or batch
+        try:
+            with _worker(entry, 1, size, profile=True) as worker:
+                worker.load()
+                worker.first(_inputs(entry.signature, data, size))
+                worker.warmup(_PROFILE_RUNS, 0.0, _PROFILE_S)
+                rows = worker.layers()
+        except WorkerError:  # seen already as a row without layers; the timing stands
+            continue
+        found[entry.id] = [{**row, "seconds": row["seconds"] / max(1, row["calls"])} for row in rows]
+    return found
+
+
+# --- putting it together ---------------------------------------------------------------------------
+def _measurements(
+    entries: Sequence[Entry],
+    judged: dict[str, _Judged],
+    timed: Sequence[_Timed],
+    layers: dict[str, list[dict[str, Any]]],
+    counts: Sequence[int],
+    emulated: str | None,
+) -> list[Measurement]:
+    """All lines of one target, in the order of its candidates."""
+    found = []
+    by_case = {(t.entry.id, t.threads): t for t in timed}
+    for entry in entries:
+        quality = judged[entry.id]
+        plain = Measurement(
+            run="",
+            taken="",
+            metric="latency",
+            target=entry.target,
+            backend=entry.backend,
+            precision=entry.precision,
+            path=str(entry.path),
+            sha256=entry.sha256,
+            size_bytes=entry.size_bytes,
+            parity=entry.parity,
+        )
+        wrong = (*entry.problems, *quality.problems)
+        for count in counts:
+            found.append(_latency_line(plain, count, by_case.get((entry.id, count)), wrong, emulated))
+        if quality.figures:
+            verdict = (*quality.problems, *quality.reasons)
+            found.append(
+                replace(plain, metric="quality", unit="", figures=quality.figures, reasons=verdict, valid=not wrong)
+            )
+        if entry.id in layers:
+            found.append(replace(plain, metric="layers", unit="s", figures={"layers": layers[entry.id]}, threads=1))
+    return found
+
+
+def _latency_line(
+    plain: Measurement, threads: int, timed: _Timed | None, wrong: tuple[str, ...], emulated: str | None
+) -> Measurement:
+    if timed is None:
+        why = wrong or ((f"latency: {emulated} emulates this CPU, a time here is no latency",) if emulated else ())
+        return replace(plain, threads=threads, valid=not wrong, reasons=why)
+    if timed.series.error is not None:
+        return replace(plain, threads=threads, batch=timed.batch, valid=False, reasons=(timed.series.error,))
+    samples = tuple(tuple(int(v) for v in r) for r in timed.series.rounds)
+    return replace(plain, threads=threads, batch=timed.batch, samples=samples, figures=timed.figures)
