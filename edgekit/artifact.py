@@ -73,7 +73,8 @@ class Manifest:
     def from_json(data: Mapping[str, Any], where: Path) -> Manifest:
         if data.get("schema") != MANIFEST_SCHEMA:
             raise ArtifactError(
-                f"'{where}' has schema {data.get('schema')!r}", f"this edgekit reads schema {MANIFEST_SCHEMA}; convert again"
+                f"'{where}' has schema {data.get('schema')!r}",
+                f"this edgekit reads schema {MANIFEST_SCHEMA}; convert again",
             )
         try:
             fields = {k: data[k] for k in Manifest.__dataclass_fields__}
@@ -101,7 +102,8 @@ def disk_errors(what: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _DISK_ERRORS:
             raise DiskError(
-                f"cannot write '{what}': {error.strerror}", "free some space or choose another --out; what was done is kept"
+                f"cannot write '{what}': {error.strerror}",
+                "free some space or choose another --out; what was done is kept",
             ) from error
         raise
 
@@ -128,10 +130,12 @@ def check_build(root: Path) -> Path:
     """Raise ArtifactError unless `root` is a build folder of a known schema."""
     marker = root / _MARKER
     if not marker.is_file():
-        raise ArtifactError(f"'{root}' is not an edgekit build", "make one with `edgekit convert MODEL --out " + str(root) + "`")
+        raise ArtifactError(
+            f"'{root}' is not an edgekit build", "make one with `edgekit convert MODEL --out " + str(root) + "`"
+        )
     try:
-        schema = json.loads(marker.read_text(encoding="utf-8")).get("schema")
-    except (json.JSONDecodeError, AttributeError) as error:
+        schema = json.loads(marker.read_text(encoding="utf-8"))["schema"]
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
         raise ArtifactError(f"'{marker}' is damaged", "delete the build folder and convert again") from error
     if schema != BUILD_SCHEMA:
         raise ArtifactError(f"build '{root}' has schema {schema!r}", f"this edgekit reads schema {BUILD_SCHEMA}")
@@ -206,4 +210,6 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
 def artifacts(root: Path, target: str | None = None) -> list[Path]:
     """Artifact folders of a build, of one target or all, in a stable order."""
     check_build(root)
-    return sorted(p.parent for p in root.glob(f"{target or '*'}/*/{MANIFEST}") if not p.parent.parent.name.startswith("."))
+    return sorted(
+        p.parent for p in root.glob(f"{target or '*'}/*/{MANIFEST}") if not p.parent.parent.name.startswith(".")
+    )

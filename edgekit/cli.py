@@ -135,11 +135,15 @@ _data_options = _options(
     click.option("--layout", type=click.Choice(["NHWC", "NCHW"]), help="What the model wants."),
 )
 _model_options = _options(
-    click.option("--shape", "shapes", multiple=True, callback=_shapes, metavar="NAME=1,96,96,3", help="Size of an input."),
+    click.option(
+        "--shape", "shapes", multiple=True, callback=_shapes, metavar="NAME=1,96,96,3", help="Size of an input."
+    ),
     click.option("--trust", is_flag=True, help="Allow code inside a Keras file (Lambda layers) to run."),
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-_targets_option = click.option("--targets", "targets_dir", type=click.Path(path_type=Path), help="Folder of own profiles.")
+_targets_option = click.option(
+    "--targets", "targets_dir", type=click.Path(path_type=Path), help="Folder of own profiles."
+)
 _PREPROCESSING_FLAGS = ("resize", "crop", "scale", "mean", "std", "channel_order", "layout")
 
 
@@ -157,7 +161,7 @@ def _preprocessing(path: Path | None, flags: dict[str, Any]) -> Preprocessing | 
     from edgekit.preprocessing import Preprocessing
 
     base = Preprocessing.from_toml(path) if path is not None else Preprocessing()
-    return base.merge(chosen)
+    return base.merge(**chosen)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -229,7 +233,9 @@ def bench(as_json: bool, **given: Any) -> None:
 @main.command()
 @click.argument("build", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write here instead of to the terminal.")
-@click.option("--format", "kind", type=click.Choice(["text", "md", "json"]), help="Default: by the file's name, else text.")
+@click.option(
+    "--format", "kind", type=click.Choice(["text", "md", "json"]), help="Default: by the file's name, else text."
+)
 def report(build: Path, out: Path | None, kind: str | None) -> None:
     """Show what was measured in BUILD."""
     from edgekit import pipeline
@@ -265,7 +271,12 @@ def targets(targets_dir: Path | None, as_json: bool) -> None:
     known = [read_target(path) for _, path in sorted(target_files(targets_dir).items())]
     if as_json:
         rows = [
-            {"name": t.name, "description": t.description, "candidates": [c.id for c in t.candidates], "path": str(t.path)}
+            {
+                "name": t.name,
+                "description": t.description,
+                "candidates": [c.id for c in t.candidates],
+                "path": str(t.path),
+            }
             for t in known
         ]
         return _emit({"schema": 1, "targets": rows})

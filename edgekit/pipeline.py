@@ -87,7 +87,8 @@ def convert(
     wants_int8 = any(w.candidate.precision == "int8" and not w.skipped for w in work)
     if wants_int8 and data is None and not random_calibration:
         raise NoCalibrationDataError(
-            "int8 needs calibration data", "pass --data FILE (a few hundred samples), or --precision float32, or --random-calibration"
+            "int8 needs calibration data",
+            "pass --data FILE (a few hundred samples), or --precision float32, or --random-calibration",
         )
     dataset = _open(data, preprocessing, label_column, labels)
     root = artifact.open_build(Path(out))
@@ -116,7 +117,9 @@ def convert(
         except UnsupportedOpError as error:
             rows.append({**row, "status": "not run", "why": error.what})
     if all(r["status"] == "not run" for r in rows):
-        raise UnsupportedOpError("no candidate could be made: " + "; ".join(f"{r['candidate']}: {r['why']}" for r in rows))
+        raise UnsupportedOpError(
+            "no candidate could be made: " + "; ".join(f"{r['candidate']}: {r['why']}" for r in rows)
+        )
     return {"schema": CONVERT_SCHEMA, "build": str(root), **job.summary(), "artifacts": rows}
 
 
@@ -159,12 +162,17 @@ def _weight_bits(target: Target, work: Sequence[_Work], asked: str | int) -> int
         return int(asked)
     if target.weight_bits != "auto":
         return target.weight_bits
-    used = {w.candidate.backend for w in work if w.target is target and not w.skipped and w.candidate.precision == "int8"}
+    used = {
+        w.candidate.backend for w in work if w.target is target and not w.skipped and w.candidate.precision == "int8"
+    }
     return 7 if any(backends.get(name).saturates() for name in sorted(used)) else 8
 
 
 def _open(
-    data: str | Path | Dataset | None, preprocessing: Preprocessing | None, label_column: str | None, labels: Path | None
+    data: str | Path | Dataset | None,
+    preprocessing: Preprocessing | None,
+    label_column: str | None,
+    labels: Path | None,
 ) -> Dataset | None:
     if data is None:
         return None

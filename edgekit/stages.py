@@ -165,9 +165,7 @@ class Conversion:
             "notes": list(manifest.notes),
         }
 
-    def _verify(
-        self, backend: backends.Backend, folder: Path, model: ir.Model, spec: CandidateSpec
-    ) -> dict[str, Any]:
+    def _verify(self, backend: backends.Backend, folder: Path, model: ir.Model, spec: CandidateSpec) -> dict[str, Any]:
         from edgekit import verify
 
         data = self.bound.take(VERIFY_SAMPLES, self.seed)
@@ -262,12 +260,15 @@ class Conversion:
                 if not np.issubdtype(value.dtype, np.floating):
                     continue
                 if not np.all(np.isfinite(value)):
-                    raise NonFiniteError(f"output '{name}' of the float model is NaN or Inf on these data", "check the data's scale")
+                    raise NonFiniteError(
+                        f"output '{name}' of the float model is NaN or Inf on these data", "check the data's scale"
+                    )
                 scale = float(np.abs(value).max()) or 1.0
                 worst = max(worst, float(np.abs(value - got[name]).max()) / scale)
         if worst > FOLD_BOUND:
             raise ConversionMismatchError(
-                f"cleaning up the graph changed its result by {worst:.1e} (bound {FOLD_BOUND:.0e})", "please report this model"
+                f"cleaning up the graph changed its result by {worst:.1e} (bound {FOLD_BOUND:.0e})",
+                "please report this model",
             )
         return worst
 

@@ -111,12 +111,19 @@ def read_target(path: Path) -> Target:
         candidates=_candidates(path, data["candidates"]),
         host=_one_of(path, "host", data.get("host", "local"), ("local", "ssh")),
         arch=tuple(data.get("arch", ())),
-        threads=tuple(
-            t if t == "all" else _choice(path, "threads", t, int) for t in data.get("threads", (1, "all"))
-        ),
+        threads=_threads(path, data.get("threads", [1, "all"])),
         weight_bits=_one_of(path, "weight_bits", data.get("weight_bits", "auto"), ("auto", 7, 8)),
         path=path,
     )
+
+
+def _threads(path: Path, rows: Any) -> tuple[int | Literal["all"], ...]:
+    if not isinstance(rows, list) or not rows:
+        raise TargetFileError(f"target file '{path}': threads = {rows!r}", 'give a list such as [1, "all"]')
+    for row in rows:
+        if row != "all" and (not isinstance(row, int) or isinstance(row, bool) or row < 1):
+            raise TargetFileError(f"target file '{path}': threads = {row!r}", 'each is a number from 1 or "all"')
+    return tuple(rows)
 
 
 def _candidates(path: Path, rows: Any) -> tuple[CandidateSpec, ...]:

@@ -23,9 +23,7 @@ def with_uint8_activations(model: ir.Model) -> ir.Model:
     graph = model.graph
     # decided before anything changes: moving a QuantizeLinear changes the type that its DequantizeLinear sees
     quantizers = [n for n in graph if n.op_type == "QuantizeLinear" and _quantizes_to_int8(n)]
-    readers = [
-        n for n in graph if n.op_type == "DequantizeLinear" and _is_int8(n.inputs[0]) and not _is_weight(n)
-    ]
+    readers = [n for n in graph if n.op_type == "DequantizeLinear" and _is_int8(n.inputs[0]) and not _is_weight(n)]
     for node in quantizers:
         _shift_zero_point(graph, node)
         node.attributes.pop("output_dtype", None)
@@ -45,7 +43,7 @@ def with_uint8_activations(model: ir.Model) -> ir.Model:
 def _quantizes_to_int8(node: ir.Node) -> bool:
     if len(node.inputs) > 2:
         return _is_int8(node.inputs[2])
-    return node.attributes.get_int("output_dtype", 0) == ir.DataType.INT8.value
+    return bool(node.attributes.get_int("output_dtype", 0) == ir.DataType.INT8.value)
 
 
 def _is_int8(value: ir.Value | None) -> bool:

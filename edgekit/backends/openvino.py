@@ -97,7 +97,9 @@ def _read(core: Any, model: ir.Model) -> tuple[Any, list[str]]:
     sig = M.signature(model)
     attempts = [(model, "")]
     if M.batch_of(sig) is None:
-        attempts.append((M.with_batch(model, 1), "OpenVINO takes this model only with a fixed batch: written for batch 1"))
+        attempts.append(
+            (M.with_batch(model, 1), "OpenVINO takes this model only with a fixed batch: written for batch 1")
+        )
     failure: Exception | None = None
     for attempt, note in attempts:
         try:
@@ -108,7 +110,9 @@ def _read(core: Any, model: ir.Model) -> tuple[Any, list[str]]:
         except RuntimeError as error:
             failure = failure or error
     assert failure is not None
-    raise UnsupportedOpError(f"OpenVINO cannot take this model: {_first_reason(failure)}", "leave this backend out") from failure
+    raise UnsupportedOpError(
+        f"OpenVINO cannot take this model: {_first_reason(failure)}", "leave this backend out"
+    ) from failure
 
 
 def _keep_names(read: Any, sig: M.Signature) -> None:

@@ -1,0 +1,137 @@
+"""Proves an artifact against its reference before anybody measures it; the record goes into the manifest.
+
+The runtime runs in a worker process of its own: a kernel that aborts must not take the conversion with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from edgekit import model as M
+from edgekit.backends import Backend
+from edgekit.errors import UnsupportedOpError, WorkerError
+
+if TYPE_CHECKING:
+    from edgekit.bench.client import Worker
+    from edgekit.dataset import Dataset
+
+# of the largest output: what float32 kernels that sum in another order may differ by
+FLOAT_BOUND = {"float32": 1e-4}
+# float16 weights move a result by up to 2^-11 a layer; the labels must hold
+FLOAT16_MIN_AGREEMENT = 0.97
+MAX_LSB = 1
+MIN_LABEL_AGREEMENT = 0.95  # a flipped LSB cascades, for every runtime; below this something else is wrong
+BATCH = 32
+
+
+@contextlib.contextmanager
+def opened(backend: Backend, folder: Path, *, batch: int = 0) -> Iterator[Worker]:
+    """A loaded worker for an artifact folder, single-threaded."""
+    from edgekit.bench.client import Worker, local_command, thread_environment
+
+    command = local_command(backend.RUNNER, folder, 1, batch)
+    with Worker(command, backend.NAME, env=thread_environment(1)) as worker:
+        worker.load()
+        yield worker
+
+
+def batch_for(model: ir.Model, notes: tuple[str, ...] | list[str] = ()) -> int:
+    """How many samples to hand a model at once: what it demands, 1 where its artifact was fixed to that, else BATCH."""
+    if notes:
+        return 1
+    return M.batch_of(M.signature(model)) or BATCH
+
+
+def floating(
+    backend: Backend, folder: Path, original: ir.Model, data: Dataset, precision: str, batch: int
+) -> dict[str, Any]:
+    """Compare a float artifact with the imported model in ONNX Runtime, unoptimized.
+
+    Returns {"kind", "max_rel_error", "bound", "label_agreement", "samples", "ok", "reasons"}; errors are relative to the
+    largest magnitude of each output.
+    """
+    reference = M.FloatSession(original, optimize=False)
+    worst, same, labels, samples = 0.0, 0, 0, 0
+    reasons: list[str] = []
+    with opened(backend, folder) as worker:
+        for part in full_batches(data, batch):
+            expected, got = reference.run(part), worker.infer(part)
+            samples += len(next(iter(part.values())))
+            for name, value in expected.items():
+                if got[name].shape != value.shape:
+                    reasons.append(f"output '{name}' has shape {got[name].shape}, not {value.shape}")
+                    continue
+                scale = float(np.abs(value).max()) or 1.0
+                worst = max(worst, float(np.abs(value - got[name]).max(initial=0)) / scale)
+                if value.ndim >= 2 and value.shape[-1] > 1:
+                    equal = value.argmax(-1) == got[name].argmax(-1)
+                    same, labels = same + int(equal.sum()), labels + equal.size
+    bound = FLOAT_BOUND.get(precision)
+    agreement = same / labels if labels else None
+    if not np.isfinite(worst):
+        reasons.append("the artifact's output is NaN or Inf")
+        worst = -1.0
+    elif bound is not None and worst > bound:
+        reasons.append(f"differs from the original by {worst:.1e} of the largest output (bound {bound:.0e})")
+    elif bound is None and agreement is not None and agreement < FLOAT16_MIN_AGREEMENT:
+        reasons.append(f"only {agreement:.1%} of the labels are the original's")
+    return {
+        "kind": "float",
+        "max_rel_error": worst if worst >= 0 else None,
+        "bound": bound,
+        "label_agreement": agreement,
+        "samples": samples,
+        "ok": not reasons,
+        "reasons": reasons,
+    }
+
+
+def full_batches(data: Dataset, batch: int) -> Iterator[M.Tensors]:
+    """Batches of exactly `batch` samples; a last short one is completed by repeating its first sample."""
+    for part in data.batches(batch):
+        short = batch - len(part.index)
+        if short and batch > 1:
+            yield {k: np.concatenate([v, np.repeat(v[:1], short, 0)]) for k, v in part.inputs.items()}
+        else:
+            yield part.inputs
+
+
+def quantized(backend: Backend, folder: Path, model: ir.Model, data: Dataset, batch: int) -> dict[str, Any]:
+    """Compare an int8 artifact with the exact integer reference: every operator on the reference's own inputs, and end to end.
+
+    model: the QDQ model that the artifact was lowered from. Returns parity.ParityRecord as JSON with "kind", "ok" and "reasons".
+    """
+    from edgekit import parity
+
+    with contextlib.ExitStack() as stack:
+        artifact_worker = stack.enter_context(opened(backend, folder))
+        cut: dict[int, Worker] = {}
+
+        def run(loose: ir.Model, inputs: M.Tensors) -> M.Tensors:
+            if id(loose) not in cut:
+                home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgekit-parity-")))
+                backend.lower(loose, "int8", home)
+                cut[id(loose)] = stack.enter_context(opened(backend, home))
+            return cut[id(loose)].infer(inputs)
+
+        def run_or_explain(loose: ir.Model, inputs: M.Tensors) -> M.Tensors:
+            try:
+                return run(loose, inputs)
+            except (UnsupportedOpError, WorkerError) as error:
+                raise parity.Unreadable(error.what) from error
+
+        record = parity.check(model, run_or_explain, artifact_worker.infer, full_batches(data, batch))
+    out: dict[str, Any] = {"kind": "int8", **record.to_json()}
+    reasons = []
+    if out["per_op_max_lsb"] is not None and out["per_op_max_lsb"] > MAX_LSB:
+        reasons.append(f"an operator is {out['per_op_max_lsb']} LSB off the reference (at most {MAX_LSB} is rounding)")
+    if out["label_agreement"] is not None and out["label_agreement"] < MIN_LABEL_AGREEMENT:
+        reasons.append(f"only {out['label_agreement']:.1%} of the labels are those of the integer reference")
+    return {**out, "ok": not reasons, "reasons": reasons}
