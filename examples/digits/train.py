@@ -119,7 +119,7 @@ def fit(model: keras.Model, epochs: int, x: Array, y: Array) -> None:
 def export(bare: keras.Model, stem: Path, sample: Array) -> float:
     """Write `.keras` and `.onnx` (dynamic batch); returns the largest difference between them.
 
-    bare: never compiled, so that no optimizer state is saved: `save(include_optimizer=False)` keeps it in `.keras` files.
+    bare: never compiled, so that no optimizer state is saved; `save(include_optimizer=False)` does not keep it out.
     """
     bare.save(stem.with_suffix(".keras"))
     signature = [tf.TensorSpec((None, *bare.inputs[0].shape[1:]), tf.float32, name="image")]

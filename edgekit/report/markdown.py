@@ -1,0 +1,89 @@
+"""The bench document as markdown: the verdict first, then the table, then what limits it and where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from edgekit.report import summary
+
+_HEAVIEST = 10  # layers listed per candidate
+
+
+def render_markdown(document: summary.Document) -> str:
+    """A whole report. Raises ArtifactError for a document of another schema."""
+    summary.check(document)
+    parts = ["# edgekit report"]
+    for target in summary.targets(document):
+        parts += _target(document, target)
+    parts.append(summary.LEGEND + ".")
+    warnings = summary.warnings(document)
+    if warnings:
+        parts += ["## Warnings", _bullets(warnings)]
+    parts += ["## Measured on", _bullets(_conditions(document))]
+    if document.get("preprocessing"):
+        parts += [
+            "## Preprocessing",
+            _bullets(f"{k}: {v}" for k, v in document["preprocessing"].items() if v is not None),
+        ]
+    parts += ["## Provenance", _provenance(document)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _target(document: summary.Document, target: str) -> list[str]:
+    lines = summary.lines(document, target)
+    headings = summary.headings(document, target)
+    rows = []
+    for line in lines:
+        cells = [_cell(getattr(line, name)) for name in headings]
+        rows.append([f"**{c}**" for c in cells] if line.ships else cells)
+    parts = [f"## {_cell(target)}", f"**{_cell(summary.verdict(document, target))}**"]
+    parts.append(_table([_cell(h) for h in headings.values()], rows, left=1))
+    remarks = summary.remarks(document, target)
+    if remarks:
+        parts.append(_bullets(remarks))
+    for row in document["artifacts"]:
+        if row["target"] == target and row.get("layers"):
+            parts += [f"### Time per layer: {summary.candidate(row)}", _layers(row["layers"])]
+    return parts
+
+
+def _layers(layers: list[Mapping[str, Any]]) -> str:
+    total = sum(r["seconds"] for r in layers) or 1.0
+    heaviest = sorted(layers, key=lambda r: -r["seconds"])[:_HEAVIEST]
+    rows = [
+        [_cell(r["name"]), _cell(r["op"]), summary.milliseconds(r["seconds"]), summary.percentage(r["seconds"] / total)]
+        for r in heaviest
+    ]
+    return _table(["layer", "operator", "ms", "share"], rows, left=2)
+
+
+def _conditions(document: summary.Document) -> list[str]:
+    data = document.get("dataset")
+    found = [summary.machine(document), f"test data: {summary.dataset(document)}" if data else "test data: none"]
+    return [f for f in found if f]
+
+
+def _provenance(document: summary.Document) -> str:
+    rows: dict[str, list[str]] = {}
+    for row in document["artifacts"]:
+        rows[str(row["path"])] = [f"`{row['path']}`", f"`{str(row['sha256'])[:16]}`"]
+    return _table(["artifact", "sha256"], list(rows.values()), left=2)
+
+
+def _table(headings: list[str], rows: Iterable[list[str]], left: int) -> str:
+    """A pipe table; the first `left` columns are left-aligned, the others right."""
+    rule = ["---" if i < left else "---:" for i in range(len(headings))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, rule, *rows))
+
+
+def _bullets(items: Iterable[str]) -> str:
+    return "\n".join(f"- {_cell(item)}" for item in items)
+
+
+def _cell(text: Any) -> str:
+    """One line, with what markdown would take for its own made literal."""
+    flat = " ".join(str(text).split())
+    for mark in ("\\", "|", "*", "_", "`", "<", "["):
+        flat = flat.replace(mark, "\\" + mark)
+    return flat

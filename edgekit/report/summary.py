@@ -1,0 +1,257 @@
+"""Turns a bench document into lines of text cells that the terminal and the markdown report share.
+
+Works on the document alone (schema 1, as `edgekit bench --json` prints it); a figure that is null is shown as "–".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edgekit.errors import ArtifactError
+
+DOCUMENT_SCHEMA = 1
+NONE = "–"
+MINUS = "−"
+
+Document = Mapping[str, Any]
+
+# The figure that stands for quality, first found wins; its heading, and the factor and digits it is shown with.
+_QUALITY = (
+    ("accuracy", "accuracy", 100, 2),
+    ("r2", "R²", 1, 4),
+    ("perplexity", "perplexity", 1, 3),
+    ("mae", "MAE", 1, 4),
+)
+# Warned of because a user who reads only the table would be misled.
+_SMALL_TEST_SET = 100
+
+
+@dataclass(frozen=True)
+class Line:
+    """One candidate at one thread count; every cell is ready to print. ships: the verdict's choice."""
+
+    candidate: str
+    threads: str
+    p50: str
+    ratio: str
+    quality: str
+    delta: str
+    agreement: str
+    sqnr: str
+    size: str
+    load: str
+    rss: str
+    parity: str
+    ships: bool
+
+
+HEADINGS: Mapping[str, str] = {
+    "candidate": "candidate",
+    "threads": "threads",
+    "p50": "p50 ms",
+    "ratio": "× best float32 [95 %]",
+    "quality": "accuracy",
+    "delta": "Δ",
+    "agreement": "agrees with float",
+    "sqnr": "SQNR dB",
+    "size": "size",
+    "load": "load ms",
+    "rss": "peak RSS",
+    "parity": "parity",
+}
+
+LEGEND = (
+    "× best float32: this p50 over that of the fastest float32 candidate, below 1 is faster, with its 95 % interval; "
+    "Δ: to the float32 model, in points; agrees with float: same top-1; parity: int8, largest difference of one "
+    "operator from the exact integer reference on the reference's own inputs, and label agreement end to end; "
+    "float, largest difference from the original, relative"
+)
+
+
+def check(document: Document) -> Document:
+    """Raise ArtifactError for a document of another schema."""
+    if document.get("schema") != DOCUMENT_SCHEMA:
+        raise ArtifactError(
+            f"a bench document of schema {document.get('schema')!r}", f"this edgekit reads schema {DOCUMENT_SCHEMA}"
+        )
+    return document
+
+
+def targets(document: Document) -> list[str]:
+    """In the order of the artifacts."""
+    return list(dict.fromkeys(a["target"] for a in document["artifacts"]))
+
+
+def verdict(document: Document, target: str) -> str:
+    """One sentence, first letter upper case."""
+    found = (document.get("verdict") or {}).get(target) or {}
+    why = found.get("why") or (f"ship {found['ship']}" if found.get("ship") else "no verdict was reached")
+    return str(why)[:1].upper() + str(why)[1:]
+
+
+def headings(document: Document, target: str) -> dict[str, str]:
+    """Column name -> heading; the quality column is called by the figure it holds."""
+    rows = [a for a in document["artifacts"] if a["target"] == target]
+    return {**HEADINGS, "quality": _quality_figure(rows)[1]}
+
+
+def lines(document: Document, target: str) -> list[Line]:
+    """The table of one target, in the document's order."""
+    rows = [a for a in document["artifacts"] if a["target"] == target]
+    key, _, factor, digits = _quality_figure(rows)
+    reference: Mapping[str, Any] = next((r for r in rows if r["precision"] == "float32"), {})
+    chosen = (document.get("verdict") or {}).get(target) or {}
+    return [_line(row, reference, key, factor, digits, chosen) for row in rows]
+
+
+def _quality_figure(rows: list[Mapping[str, Any]]) -> tuple[str, str, int, int]:
+    for figure in _QUALITY:
+        if any((row.get("quality") or {}).get(figure[0]) is not None for row in rows):
+            return figure
+    return _QUALITY[0]
+
+
+def _line(
+    row: Mapping[str, Any], reference: Mapping[str, Any], key: str, factor: int, digits: int, chosen: Mapping[str, Any]
+) -> Line:
+    latency, quality = row.get("latency_s") or {}, row.get("quality") or {}
+    own, base = quality.get(key), (reference.get("quality") or {}).get(key)
+    percent = " %" if factor == 100 else ""
+    delta = None if own is None or base is None or row["precision"] == "float32" else own - base
+    name = candidate(row)
+    same_threads = chosen.get("threads") in (None, row.get("threads"))
+    return Line(
+        candidate=name,
+        threads=_text(row.get("threads")),
+        p50=milliseconds(latency.get("p50")),
+        ratio=_ratio(latency),
+        quality=NONE if own is None else f"{factor * own:.{digits}f}{percent}",
+        delta=NONE if delta is None else signed(factor * delta, digits),
+        agreement=percentage(quality.get("agreement_with_float")),
+        sqnr=NONE if quality.get("sqnr_db") is None else f"{quality['sqnr_db']:.1f}",
+        size=size(row.get("size_bytes")),
+        load=milliseconds(row.get("load_s")),
+        rss=size(row.get("peak_rss_bytes")),
+        parity=parity(row.get("parity")),
+        ships=chosen.get("ship") == name and same_threads,
+    )
+
+
+def candidate(row: Mapping[str, Any]) -> str:
+    return f"{row['backend']}-{row['precision']}"
+
+
+def _ratio(latency: Mapping[str, Any]) -> str:
+    ratio, interval = latency.get("ratio_to_float"), latency.get("ratio_ci95")
+    if ratio is None:
+        return NONE
+    return f"{ratio:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+
+
+def parity(record: Mapping[str, Any] | None) -> str:
+    """int8: "≤ 1 LSB, 99.6 %"; float: "2e-07"; a record that failed starts with "FAILED"."""
+    if not record:
+        return NONE
+    parts = []
+    if record.get("max_rel_error") is not None:
+        parts.append(f"{record['max_rel_error']:.0e}")
+    if record.get("per_op_max_lsb") is not None:
+        parts.append(f"{'≤ ' if record['per_op_max_lsb'] else ''}{record['per_op_max_lsb']} LSB")
+    if record.get("label_agreement") is not None and "max_rel_error" not in record:
+        parts.append(percentage(record["label_agreement"]))
+    text = ", ".join(parts) or NONE
+    return f"FAILED ({text})" if record.get("ok") is False else text
+
+
+def remarks(document: Document, target: str) -> list[str]:
+    """What a reader must know of single candidates: why a figure is missing, notes on stability; repeated ones once."""
+    told: dict[str, list[str]] = {}
+    for row in document["artifacts"]:
+        if row["target"] != target:
+            continue
+        for text in (*row.get("reasons", ()), *row.get("notes", ())):
+            names = told.setdefault(str(text), [])
+            if candidate(row) not in names:
+                names.append(candidate(row))
+    return [f"{', '.join(names)}: {text}" for text, names in told.items()]
+
+
+def warnings(document: Document) -> list[str]:
+    """What limits the trust in the whole document, worst first."""
+    found = [str(w) for w in document.get("warnings") or ()]
+    found += [str(w) for w in (document.get("machine") or {}).get("warnings") or ()]
+    if document.get("quick"):
+        found.append("quick run: few samples, the intervals are wide")
+    dataset = document.get("dataset")
+    if dataset is None:
+        found.append("no test data: accuracy was not measured")
+    elif dataset.get("samples", 0) < _SMALL_TEST_SET:
+        found.append(f"only {dataset['samples']} test samples: an accuracy from so few is rough")
+    return list(dict.fromkeys(found))
+
+
+def machine(document: Document) -> str:
+    """One line: CPU, cores, instruction sets, system, and its state before measuring."""
+    known = document.get("machine") or {}
+    facts = known.get("facts") or known
+    before, after = known.get("before") or {}, known.get("after") or {}
+    parts = [_text(facts.get("cpu")), f"{_text(facts.get('cores_allowed') or facts.get('cores_physical'))} cores"]
+    parts += [" ".join(facts.get("isa") or ()) or "instruction sets unknown", _text(facts.get("os"))]
+    for key, label, unit in (("load_1min", "load", ""), ("governor", "governor", ""), ("temperature_c", "", " °C")):
+        if before.get(key) is not None:
+            was, now = before[key], after.get(key)
+            change = f" → {now}" if now is not None and now != was else ""
+            parts.append(f"{label} {was}{change}{unit}".strip())
+    return ", ".join(p for p in parts if p != NONE)
+
+
+def dataset(document: Document) -> str:
+    data = document.get("dataset")
+    if not data:
+        return "none"
+    return f"{_text(data.get('name'))}, {_text(data.get('samples'))} samples, digest {str(data.get('digest'))[:12]}"
+
+
+# --- numbers as a person reads them -------------------------------------------------------------------
+
+
+def _text(value: Any) -> str:
+    return NONE if value is None else str(value)
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Three significant digits."""
+    return NONE if seconds is None else significant(1000 * seconds)
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """Without an exponent: 0.0123, 1.23, 1230."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def size(count: float | None) -> str:
+    """Decimal units, as disks are sold: 941 kB."""
+    if count is None:
+        return NONE
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{significant(count)} {unit}"
+        count /= 1000
+    return f"{significant(count)} GB"
+
+
+def percentage(share: float | None) -> str:
+    """Never 100.0 % for less than all."""
+    if share is None:
+        return NONE
+    return f"{min(100 * share, 99.9) if share < 1 else 100 * share:.1f} %"
+
+
+def signed(value: float, digits: int) -> str:
+    rounded = round(value, digits) + 0.0
+    return f"{rounded:+.{digits}f}".replace("-", MINUS) if rounded else f"{0:.{digits}f}"

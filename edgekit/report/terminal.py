@@ -1,0 +1,179 @@
+"""What commands print for a person, as rich tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from edgekit.report import summary
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_PIPED_WIDTH = 140  # the whole table, when no terminal limits it
+# Left out one after another in a terminal that is too narrow for the whole table.
+_DISPENSABLE = ("load", "rss", "sqnr", "parity", "size", "delta")
+
+
+def console() -> Console:
+    """Standard output. Text is printed as it is: names of files and nodes may look like markup."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else _PIPED_WIDTH
+    return Console(width=width, markup=False, highlight=False, emoji=False)
+
+
+def print_document(document: summary.Document) -> None:
+    render_terminal(document, console())
+
+
+def render_terminal(document: summary.Document, out: Console) -> None:
+    """Print a bench document: per target the verdict, the table and remarks; then warnings and the machine.
+
+    Raises ArtifactError for a document of another schema.
+    """
+    summary.check(document)
+    for target in summary.targets(document):
+        out.print(f"{target}: {summary.verdict(document, target)}.", style="bold")
+        out.print(_bench_table(document, target, out.width))
+        _list(out, summary.remarks(document, target), "dim")
+    _list(out, (f"warning: {w}" for w in summary.warnings(document)), "yellow")
+    out.print(f"measured on {summary.machine(document)}; test data: {summary.dataset(document)}", style="dim")
+
+
+def _bench_table(document: summary.Document, target: str, width: int) -> Table:
+    headings = summary.headings(document, target)
+    lines = summary.lines(document, target)
+    for name in _DISPENSABLE:
+        if _width(headings, lines) <= width:
+            break
+        del headings[name]
+    table = _table()
+    for name, title in headings.items():
+        table.add_column(title, justify="left" if name == "candidate" else "right", no_wrap=name != "parity")
+    for line in lines:
+        cells = [getattr(line, name) for name in headings]
+        cells[0] = ("→ " if line.ships else "  ") + cells[0]
+        table.add_row(*cells, style="bold green" if line.ships else None)
+    return table
+
+
+def _width(headings: Mapping[str, str], lines: Iterable[summary.Line]) -> int:
+    """Columns the table takes; headings may wrap at spaces."""
+    total = 0
+    for name, title in headings.items():
+        widest = max([len(word) for word in title.split()] + [len(getattr(line, name)) for line in lines])
+        total += widest + 2 + (2 if name == "candidate" else 0)
+    return total
+
+
+def print_convert(result: Mapping[str, Any], out: Console | None = None) -> None:
+    """What `convert` made: one line per candidate, then warnings and what to do next."""
+    out = out or console()
+    table = _table()
+    for title in ("target", "candidate", "size", "parity", "", "path"):
+        table.add_column(
+            title, justify="right" if title == "size" else "left", no_wrap=title != "path", overflow="fold"
+        )
+    for row in result["artifacts"]:
+        made = row["status"] != "not run"
+        table.add_row(
+            row["target"],
+            row["candidate"],
+            summary.size(row.get("size_bytes")),
+            summary.parity(row.get("parity")),
+            row["status"],
+            row["path"] if made else row["why"],
+            style=None if made else "dim",
+        )
+    out.print(table)
+    for row in result["artifacts"]:
+        failed = [f"NOT to be shipped: {r}" for r in (row.get("parity") or {}).get("reasons") or ()]
+        _list(
+            out, (f"{row['target']}/{row['candidate']}: {text}" for text in (*failed, *row.get("notes", ()))), "yellow"
+        )
+    _list(out, (f"warning: {w}" for w in result.get("warnings", ())), "yellow")
+    out.print(f"{result['build']}", soft_wrap=True)
+
+
+def print_inspection(document: Mapping[str, Any], *, layers: bool = False, out: Console | None = None) -> None:
+    """What `inspect` found."""
+    out = out or console()
+    table = _table(header=False)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for kind in ("inputs", "outputs"):
+        for spec in document["signature"][kind]:
+            sizes = ", ".join(str(s) for s in spec["shape"])
+            table.add_row(kind[:-1], f"{spec['name']}: {spec['dtype']} ({sizes})")
+    table.add_row("opset", str(document["opset"]))
+    ops = ", ".join(f"{op} ×{count}" if count > 1 else op for op, count in document["ops"].items())
+    table.add_row("operators", f"{document['nodes']} nodes: {ops}")
+    table.add_row("parameters", f"{document['parameters']:,} ({summary.size(document['weight_bytes'])} with constants)")
+    table.add_row("MACs", _count(document["macs"]) + " per sample")
+    peak = summary.size(document["activation_peak_bytes"])
+    where = f" at {document['activation_peak_at']}" if document["activation_peak_at"] else ""
+    table.add_row("activations", f"{peak} at once for one sample{where}")
+    for name, found in document["backends"].items():
+        table.add_row(name, _takes(found))
+    out.print(table)
+    _list(out, document["reasons"], "yellow")
+    if layers:
+        out.print(_layer_table(document["layers"]))
+
+
+def _takes(found: Mapping[str, Any]) -> str:
+    if found["missing"]:
+        return f"not installed: {found['missing']}"
+    return "takes it" if found["takes"] else "refuses it: " + "; ".join(found["refuses"])
+
+
+def _layer_table(layers: Iterable[Mapping[str, Any]]) -> Table:
+    table = _table()
+    for title in ("layer", "operator", "output", "parameters", "MACs"):
+        left = title in ("layer", "operator")
+        table.add_column(title, justify="left" if left else "right", overflow="fold")
+    for row in layers:
+        shape = summary.NONE if row["shape"] is None else "×".join(map(str, row["shape"])) or "scalar"
+        macs = _count(row["macs"]) if row["macs"] != 0 else ""
+        table.add_row(row["name"], row["op"], shape, f"{row['parameters']:,}" if row["parameters"] else "", macs)
+    return table
+
+
+def _count(value: int | None) -> str:
+    return summary.NONE if value is None else f"{value:,}"
+
+
+def print_doctor(document: Mapping[str, Any], out: Console | None = None) -> None:
+    """What `doctor` found; the last lines are the commands that install what is missing."""
+    out = out or console()
+    table = _table()
+    for title in ("part", "", "version", "what for"):
+        table.add_column(title, overflow="fold", no_wrap=title != "what for")
+    for row in document["packages"]:
+        table.add_row(row["name"], "ok" if row["ok"] else "missing", row["version"] or "", row["purpose"])
+    out.print(table)
+    facts = _table(header=False)
+    facts.add_column(no_wrap=True, style="bold")
+    facts.add_column(overflow="fold")
+    for row in document["checks"]:
+        facts.add_row(row["name"], row["found"] if isinstance(row["found"], str) else json.dumps(row["found"]))
+    out.print(facts)
+    _list(out, (f"{advice['why']}: {advice['command']}" for advice in document["advice"]), "yellow")
+    if not document["advice"]:
+        out.print("nothing is missing", style="green")
+
+
+def _table(*, header: bool = True) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    return Table(box=SIMPLE_HEAD if header else None, show_header=header, pad_edge=False, padding=(0, 1))
+
+
+def _list(out: Console, items: Iterable[str], style: str) -> None:
+    for item in items:
+        out.print(item, style=style, soft_wrap=True)
