@@ -1,0 +1,239 @@
+"""Observes a float model's activations over a dataset, in memory that does not grow with it, and turns them into ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from edgekit import model as M
+from edgekit.errors import NoCalibrationDataError, NonFiniteError
+from edgekit.passes.plan import QMAX, QMIN
+
+if TYPE_CHECKING:
+    from edgekit.dataset import Dataset
+
+Array = np.ndarray[Any, Any]
+
+# 8 bins per int8 level: the error of taking a bin's centre is 1/64 of a quantization step's variance.
+BINS = 2048
+# Fetched activations held at once. Bounds the memory of big models; small ones fit many samples.
+FETCH_BYTES = 128 * 2**20
+# Values of one tensor and batch that enter its histogram; the extremes are always exact.
+HISTOGRAM_VALUES = 2**17
+# Both tails together; 99.99 is the customary percentile (NVIDIA, "8-bit inference with TensorRT", 2017).
+PERCENTILE = 99.99
+
+
+@dataclass
+class Observed:
+    """One tensor over the dataset. `fit` are the samples that ranges are chosen on, `held` those they are judged on."""
+
+    low: float = np.inf
+    high: float = -np.inf
+    fit_low: float = np.inf
+    fit_high: float = -np.inf
+    fit: Array = field(default_factory=lambda: np.zeros(BINS))
+    held: Array = field(default_factory=lambda: np.zeros(BINS))
+
+    def extend(self, values: Array, held: bool) -> None:
+        low, high = float(values.min()), float(values.max())
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        if not held:
+            self.fit_low, self.fit_high = min(self.fit_low, low), max(self.fit_high, high)
+
+    def count(self, values: Array, held: bool) -> None:
+        flat = values.reshape(-1)
+        if flat.size > HISTOGRAM_VALUES:
+            # an odd stride visits every channel and column over time instead of aliasing with a power-of-two layout
+            flat = flat[:: (flat.size // HISTOGRAM_VALUES) | 1]
+        if self.high > self.low:
+            bins = ((flat - np.float32(self.low)) * np.float32(BINS / (self.high - self.low))).astype(np.int32)
+            counts = np.bincount(np.clip(bins, 0, BINS - 1), minlength=BINS)
+            if held:
+                self.held += counts
+            else:
+                self.fit += counts
+
+    def histogram(self, everything: bool) -> Array:
+        return self.fit + self.held if everything else self.fit
+
+    def range(self, method: str, everything: bool = True) -> tuple[float, float]:
+        """(low, high) by method; everything: over all samples, or over the `fit` ones only."""
+        if everything or not np.isfinite(self.fit_low):
+            low, high = self.low, self.high
+        else:
+            low, high = self.fit_low, self.fit_high
+        counts = self.histogram(everything)
+        if method == "minmax" or counts.sum() == 0 or not high > low:
+            return low, high
+        edges = np.linspace(self.low, self.high, BINS + 1)
+        if method == "percentile":
+            return _percentile(counts, edges, low, high)
+        return _least_error(counts, (edges[:-1] + edges[1:]) / 2, low, high)
+
+
+def _percentile(counts: Array, edges: Array, low: float, high: float) -> tuple[float, float]:
+    share = np.concatenate([[0.0], np.cumsum(counts) / counts.sum()])
+    tail = (1 - PERCENTILE / 100) / 2
+    cut_low, cut_high = float(np.interp(tail, share, edges)), float(np.interp(1 - tail, share, edges))
+    # a side that touches 0 (after Relu) has no tail to cut
+    return (low if low >= 0 else max(low, min(cut_low, 0.0))), (high if high <= 0 else min(high, max(cut_high, 0.0)))
+
+
+def _least_error(counts: Array, centres: Array, low: float, high: float) -> tuple[float, float]:
+    """The clipping range with the least mean squared int8 error over the histogram (Banner et al. 2019, searched)."""
+    used = counts > 0
+    counts, centres = counts[used], centres[used]
+    low, high = min(low, 0.0), max(high, 0.0)
+    steps = np.linspace(0.3, 1.0, 36)
+    best = (squared_error(counts, centres, low, high), low, high)
+    for f in steps[:-1]:
+        best = min(best, (squared_error(counts, centres, low * f, high * f), low * f, high * f))
+    for f in steps[:-1] if low < 0 < high else ():
+        _, at_low, at_high = best
+        best = min(best, (squared_error(counts, centres, low * f, at_high), low * f, at_high))
+        best = min(best, (squared_error(counts, centres, at_low, high * f), at_low, high * f))
+    return best[1], best[2]
+
+
+def squared_error(counts: Array, centres: Array, low: float, high: float) -> float:
+    """Mean squared error of int8 with the range [low, high] on a histogram."""
+    scale = max(high - low, 1e-30) / (QMAX - QMIN)
+    zero = np.rint(QMIN - low / scale)
+    q = np.clip(np.rint(centres / scale) + zero, QMIN, QMAX)
+    return float((counts * ((q - zero) * scale - centres) ** 2).sum() / counts.sum())
+
+
+# --- feeding the model -----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Feed:
+    """Inputs of one run; the first `rows` rows are samples, from number `first` on, later ones repeat them."""
+
+    inputs: M.Tensors
+    first: int
+    rows: int
+
+
+def feeds(sig: M.Signature, data: Dataset, batch_size: int) -> Iterator[Feed]:
+    """The dataset in file order, in the model's own batch size if that is fixed. Raises NonFiniteError on NaN or Inf."""
+    fixed = M.batch_of(sig)
+    first = 0
+    for batch in data.bind(sig).batches(fixed or batch_size):
+        inputs = {spec.name: np.asarray(batch.inputs[spec.name]) for spec in sig.inputs}
+        rows = len(next(iter(inputs.values())))
+        for name, array in inputs.items():
+            if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+                raise NonFiniteError(
+                    f"NaN or Inf in input '{name}' of calibration samples {first} to {first + rows - 1}",
+                    "clean the data",
+                )
+        if fixed is not None and rows < fixed:
+            # repeating real samples leaves the extremes exact
+            inputs = {name: np.resize(array, (fixed, *array.shape[1:])) for name, array in inputs.items()}
+        yield Feed(inputs, first, rows)
+        first += rows
+    if first == 0:
+        raise NoCalibrationDataError("the calibration data hold no samples", "pass --data with some")
+
+
+def held_back(samples: int, seed: int, limit: int = 96) -> frozenset[int]:
+    """Positions of the samples that judge: a fifth of them, at most `limit`; none of fewer than 10."""
+    if samples < 10:
+        return frozenset()
+    rng = np.random.default_rng(seed)
+    return frozenset(int(i) for i in rng.choice(samples, size=min(limit, samples // 5), replace=False))
+
+
+def split(feed: Feed, arrays: Mapping[str, Array], held: frozenset[int]) -> Iterator[tuple[str, Array, bool]]:
+    """(name, values, held): rows of held-back samples apart, where the first axis is the batch."""
+    total = len(next(iter(feed.inputs.values())))
+    mask = np.zeros(total, bool)
+    mask[: feed.rows] = [feed.first + i in held for i in range(feed.rows)]
+    fit = ~mask
+    fit[feed.rows :] = False
+    for name, array in arrays.items():
+        if array.ndim == 0 or array.shape[0] != total:
+            yield name, array, False
+            continue
+        for part, is_held in ((fit, False), (mask, True)):
+            if part.all():
+                yield name, array, is_held
+            elif part.any():
+                yield name, array[part], is_held
+
+
+# --- observing -------------------------------------------------------------------------------------------
+def observe(
+    model: ir.Model, data: Dataset, values: Sequence[str], *, batch_size: int, held: frozenset[int]
+) -> dict[str, Observed]:
+    """Exact extremes of each named value over all samples. Raises NonFiniteError naming the tensor that holds NaN."""
+    seen = {name: Observed() for name in values}
+    for name, array, is_held in _fetched(model, data, values, batch_size, held):
+        if array.size:
+            seen[name].extend(array, is_held)
+            if np.isnan(seen[name].low) or np.isnan(array.min()):
+                raise NonFiniteError(
+                    f"NaN in tensor '{name}' during calibration",
+                    "run the float model on this data and repair what makes NaN",
+                )
+    return seen
+
+
+def fill_histograms(
+    model: ir.Model, data: Dataset, seen: Mapping[str, Observed], *, batch_size: int, held: frozenset[int]
+) -> None:
+    """Second reading: histograms between the extremes that `observe` found."""
+    for name, array, is_held in _fetched(model, data, list(seen), batch_size, held):
+        if array.size:
+            seen[name].count(array, is_held)
+
+
+def _fetched(
+    model: ir.Model, data: Dataset, values: Sequence[str], batch_size: int, held: frozenset[int]
+) -> Iterator[tuple[str, Array, bool]]:
+    sig = M.signature(model)
+    given = {spec.name for spec in sig.inputs}
+    inner = [v for v in values if v not in given]
+    chunks, rows = _chunks(model, data, sig, inner, batch_size)
+    for position, chunk in enumerate(chunks):
+        session = M.FloatSession(model, fetch=chunk)
+        wanted = set(chunk)
+        for feed in feeds(sig, data, rows):
+            arrays = {k: v for k, v in session.run(feed.inputs).items() if k in wanted}
+            if position == 0:
+                arrays.update({k: v for k, v in feed.inputs.items() if k in values})
+            yield from split(feed, arrays, held)
+
+
+def _chunks(
+    model: ir.Model, data: Dataset, sig: M.Signature, values: list[str], batch_size: int
+) -> tuple[list[list[str]], int]:
+    """Values to fetch together and the batch size, so that one run returns at most FETCH_BYTES (or one tensor)."""
+    if not values:
+        return [[]], batch_size
+    feed = next(iter(feeds(sig, data, 1)))
+    rows = len(next(iter(feed.inputs.values())))
+    sizes = {k: v.nbytes / rows for k, v in M.FloatSession(model, fetch=values).run(feed.inputs).items() if k in values}
+    batch = M.batch_of(sig) or int(np.clip(FETCH_BYTES // max(sum(sizes.values()), 1), 1, batch_size))
+    chunks: list[list[str]] = [[]]
+    filled = 0.0
+    for name in values:
+        if chunks[-1] and filled + sizes[name] * batch > FETCH_BYTES:
+            chunks.append([])
+            filled = 0.0
+        chunks[-1].append(name)
+        filled += sizes[name] * batch
+    return chunks, batch
+
+
+def check_finite(seen: Mapping[str, Observed], names: Iterable[str]) -> None:
+    """Raises NonFiniteError if a value that is to be quantized was infinite."""
+    for name in names:
+        if name in seen and not (np.isfinite(seen[name].low) and np.isfinite(seen[name].high)):
+            raise NonFiniteError(
+                f"Inf in tensor '{name}' during calibration", "keep its nodes in float, or repair the data"
+            )

@@ -1,0 +1,162 @@
+"""The quantization plan: every decision of `QuantizeInt8` as plain data that can be printed, saved, compared and reused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from edgekit.errors import ArtifactError
+
+# 1: first version
+PLAN_SCHEMA = 1
+
+Method = Literal["minmax", "percentile", "mse", "fixed", "constant"]
+Fate = Literal["removed", "kept"]
+
+QMIN, QMAX = -128, 127
+# Smallest scale handed out: the product with a weight scale must stay a normal float32 (2**-126).
+MIN_SCALE = 2.0**-80
+
+
+@dataclass(frozen=True)
+class Activation:
+    """How one float32 tensor becomes int8: q = clip(round(x / scale) + zero_point, -128, 127).
+
+    scale: a float32 value > 0. low, high: the range that was asked for, in the tensor's own unit; holds 0.
+    """
+
+    scale: float
+    zero_point: int
+    low: float
+    high: float
+    method: Method
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The real values of q = -128 and q = 127."""
+        return (QMIN - self.zero_point) * self.scale, (QMAX - self.zero_point) * self.scale
+
+
+@dataclass(frozen=True)
+class Weight:
+    """How the constant weight of one node becomes int8, symmetric around zero.
+
+    value: name of the float32 initializer. axis: its output channel axis; `scales` has one float32 value per channel.
+    bits: 7 keeps the integers in [-63, 63], 8 in [-127, 127].
+    """
+
+    value: str
+    axis: int
+    bits: int
+    scales: tuple[float, ...]
+
+    @property
+    def limit(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """What `apply_plan` needs besides the model.
+
+    method: the calibration that was chosen for the whole model. scores: what each tried one reached on held-back samples
+        ({"minmax": {"sqnr_db": 31.2, "agreement": 0.99}, ...}).
+    quantized: names of the nodes that compute on integers, in graph order.
+    fused: Relu and Clip nodes without a quantization between them and the node before: "removed" when saturation of the
+        quantized range does the same, "kept" otherwise.
+    float_nodes: node -> why it stays float.
+    activations: value -> parameters, constant operands included. weights: node -> parameters of its weight.
+    groups: sets of values that share scale and zero point.
+    """
+
+    weight_bits: int
+    method: str
+    quantized: tuple[str, ...]
+    fused: dict[str, Fate]
+    float_nodes: dict[str, str]
+    activations: dict[str, Activation]
+    weights: dict[str, Weight]
+    groups: tuple[tuple[str, ...], ...] = ()
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    samples: int = 0
+    seed: int = 0
+    schema: int = PLAN_SCHEMA
+
+    def to_json(self) -> str:
+        """JSON text; `from_json` gives back an equal plan (floats are written so that they round-trip exactly)."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True, allow_nan=False)
+
+    @staticmethod
+    def from_json(text: str) -> QuantizationPlan:
+        """Raises ArtifactError for damaged text or an unknown schema."""
+        try:
+            data = json.loads(text)
+            schema = data.pop("schema")
+            if schema != PLAN_SCHEMA:
+                raise ArtifactError(
+                    f"the quantization plan has schema {schema!r}",
+                    f"this edgekit reads schema {PLAN_SCHEMA}: convert again",
+                )
+            data["activations"] = {k: Activation(**v) for k, v in data["activations"].items()}
+            data["weights"] = {k: Weight(**{**v, "scales": tuple(v["scales"])}) for k, v in data["weights"].items()}
+            data["quantized"] = tuple(data["quantized"])
+            data["groups"] = tuple(tuple(g) for g in data["groups"])
+            return QuantizationPlan(**data)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"the quantization plan is damaged ({error})", "convert again") from error
+
+    def diff(self, other: QuantizationPlan) -> list[str]:
+        """One line per decision that differs, `name: this -> other`; empty if the plans are equal."""
+        mine, theirs = _flat(asdict(self)), _flat(asdict(other))
+        return [
+            f"{key}: {mine.get(key, 'absent')} -> {theirs.get(key, 'absent')}"
+            for key in sorted(mine.keys() | theirs.keys())
+            if mine.get(key, "absent") != theirs.get(key, "absent")
+        ]
+
+    def describe(self) -> list[str]:
+        """Lines for a person: what is quantized, how, and what stays float and why."""
+        lines = [
+            f"{len(self.quantized)} nodes in int8, {len(self.float_nodes)} in float; weights {self.weight_bits} bits, "
+            f"calibration {self.method} on {self.samples} samples"
+        ]
+        for name, score in sorted(self.scores.items()):
+            lines.append(f"  tried {name}: " + ", ".join(f"{k} {v:.4g}" for k, v in sorted(score.items())))
+        for name, a in self.activations.items():
+            lines.append(f"  {name}: [{a.low:.6g}, {a.high:.6g}] scale {a.scale:.6g} zero {a.zero_point} ({a.method})")
+        for node, w in self.weights.items():
+            lines.append(f"  {node} weights: {w.bits} bits, scales {min(w.scales):.4g} to {max(w.scales):.4g}")
+        lines += [f"  float: {node} ({reason})" for node, reason in self.float_nodes.items()]
+        return lines
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict):
+            out.update(_flat(value, f"{prefix}{key}."))
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def activation(low: float, high: float, method: Method) -> Activation:
+    """Asymmetric int8 parameters for [low, high], widened to hold 0. A tensor that is always 0 gets the range [0, 1]."""
+    low, high = min(float(low), 0.0), max(float(high), 0.0)
+    if low == high:
+        high = 1.0
+    scale = np.float32(max((high - low) / (QMAX - QMIN), MIN_SCALE))
+    zero_point = int(np.clip(np.rint(QMIN - low / float(scale)), QMIN, QMAX))
+    return Activation(float(scale), zero_point, low, high, method)
+
+
+# LiteRT int8 specification: outputs of softmax and sigmoid are 1/256 with zero point -128, of tanh 1/128 with 0.
+FIXED: Mapping[str, Activation] = {
+    "Softmax": Activation(1 / 256, -128, 0.0, 255 / 256, "fixed"),
+    "Sigmoid": Activation(1 / 256, -128, 0.0, 255 / 256, "fixed"),
+    "Tanh": Activation(1 / 128, 0, -1.0, 127 / 128, "fixed"),
+}

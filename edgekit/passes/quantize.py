@@ -1,0 +1,273 @@
+"""QuantizeInt8: calibrates, decides and applies the one quantized form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from edgekit import model as M
+from edgekit.errors import NoCalibrationDataError, NonFiniteError, UnsupportedOpError
+from edgekit.passes.apply_plan import apply_plan, folded, prepared
+from edgekit.passes.calibrate import Observed, check_finite, feeds, fill_histograms, held_back, observe
+from edgekit.passes.decide import HUGE, Decision, candidate_values, clip_bounds, decide, weight_axis, weight_of
+from edgekit.passes.plan import Activation, Fate, Method, QuantizationPlan, Weight, activation
+
+if TYPE_CHECKING:
+    from edgekit.dataset import Dataset
+
+__all__ = ["QuantizeInt8", "apply_plan"]
+
+Array = np.ndarray[Any, Any]
+# Operands of an addition further apart than this share no int8 scale: the smaller would vanish (masks, -1e9 offsets).
+MASK_RATIO = 1e4
+# |bias| and the sum of products each get half of int32.
+HALF_RANGE = 2.0**30
+# Bytes of held-back inputs kept in memory to judge with.
+JUDGE_BYTES = 64 * 2**20
+METHODS: tuple[Method, ...] = ("minmax", "mse", "percentile")
+
+
+@dataclass(frozen=True)
+class QuantizeInt8:
+    """Static int8: asymmetric per-tensor activations, symmetric per-channel weights, int32 bias (LiteRT's scheme).
+
+    weight_bits: 7 for a CPU whose u8 x s8 kernels saturate, else 8. calibration: "auto" tries the three methods and takes
+    the one that leaves held-back samples closest to the float model. keep_float: names of nodes to leave alone.
+    """
+
+    weight_bits: Literal[7, 8] = 8
+    calibration: Literal["auto", "minmax", "percentile", "mse"] = "auto"
+    per_channel: bool = True
+    batch_size: int = 32
+    keep_float: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __call__(self, model: ir.Model, data: Dataset | None) -> ir.Model:
+        """The QDQ model; `model` is not edited."""
+        return apply_plan(model, self.plan(model, data))
+
+    def plan(self, model: ir.Model, data: Dataset | None) -> QuantizationPlan:
+        """Every decision. Raises NoCalibrationDataError, NonFiniteError, UnsupportedOpError (already quantized)."""
+        if data is None:
+            raise NoCalibrationDataError(
+                "int8 needs calibration data", "pass --data FILE with samples like those at run time"
+            )
+        model = prepared(model)
+        _check_weights(model)
+        forced = self._requested(model)
+        held = held_back(data.samples, self.seed)
+        seen = observe(model, data, list(candidate_values(model)), batch_size=self.batch_size, held=held)
+        decision = decide(model, forced)
+        while extra := _unfit(model, decision, seen):
+            forced |= extra
+            decision = decide(model, forced)
+        check_finite(seen, decision.activations)
+        if self.calibration != "minmax":
+            used = {name: seen[name] for name in decision.activations}
+            fill_histograms(model, data, used, batch_size=self.batch_size, held=held)
+        if self.calibration != "auto":
+            return self._assemble(model, decision, seen, self.calibration, data.samples)
+        return self._choose(model, decision, seen, data, held)
+
+    def _requested(self, model: ir.Model) -> dict[str, str]:
+        names = {node.name for node in model.graph}
+        for name in self.keep_float:
+            if name not in names:
+                raise UnsupportedOpError(f"no node '{name}' to keep in float", "`edgekit inspect` lists the names")
+        return {name: "kept float on request" for name in self.keep_float}
+
+    def _choose(
+        self, model: ir.Model, decision: Decision, seen: dict[str, Observed], data: Dataset, held: frozenset[int]
+    ) -> QuantizationPlan:
+        """Try each method with ranges from the other samples, judge on the held-back ones, then range over all."""
+        inputs, wanted = _judging(model, data, held, self.batch_size)
+        scores: dict[str, dict[str, float]] = {}
+        for method in METHODS:
+            trial = self._assemble(model, decision, seen, method, data.samples, everything=not held)
+            scores[method] = _score(apply_plan(model, trial), inputs, wanted)
+        # a sample or two of agreement is noise; within that the signal decides
+        close = max(s["agreement"] for s in scores.values()) - 0.02
+        best = max((m for m in METHODS if scores[m]["agreement"] >= close), key=lambda m: scores[m]["sqnr_db"])
+        return self._assemble(model, decision, seen, best, data.samples, scores=scores)
+
+    def _assemble(
+        self,
+        model: ir.Model,
+        decision: Decision,
+        seen: dict[str, Observed],
+        method: Method,
+        samples: int,
+        *,
+        everything: bool = True,
+        scores: dict[str, dict[str, float]] | None = None,
+    ) -> QuantizationPlan:
+        activations = _activations(model, decision, seen, method, everything)
+        nodes = {node.name: node for node in model.graph}
+        weights = {}
+        for name in decision.quantized:
+            weight = weight_of(nodes[name])
+            if weight is not None:
+                weights[name] = self._weight(nodes[name], weight.name or "", activations)
+        return QuantizationPlan(
+            weight_bits=self.weight_bits,
+            method=method,
+            quantized=decision.quantized,
+            fused={name: _fate(nodes[name], activations) for name in decision.fused},
+            float_nodes=decision.float_nodes,
+            activations=activations,
+            weights=weights,
+            groups=decision.groups,
+            scores=scores or {},
+            samples=samples,
+            seed=self.seed,
+        )
+
+    def _weight(self, node: ir.Node, value: str, activations: dict[str, Activation]) -> Weight:
+        source = node.inputs[0]
+        scale = activations[(source.name or "") if source is not None else ""].scale
+        axis = weight_axis(node)
+        array, bias = folded(node)
+        scales = weight_scales(array, axis, 2 ** (self.weight_bits - 1) - 1, scale, bias)
+        if not self.per_channel:
+            scales = np.full_like(scales, scales.max())
+        return Weight(value, axis, self.weight_bits, tuple(float(s) for s in scales))
+
+
+def weight_scales(weight: Array, axis: int, limit: int, input_scale: float, bias: Array | None) -> Array:
+    """float32 scale per channel of `axis`: max |w| / limit, raised where bias or sum would leave int32.
+
+    bias: one value per output channel; more of them than channels (grouped transposed convolution) share scales in turn.
+    """
+    rows = np.abs(np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1).astype(np.float64))
+    largest, total = rows.max(axis=1, initial=0.0), rows.sum(axis=1)
+    scales = np.maximum(largest / limit, total * 255 / HALF_RANGE)
+    if bias is not None:
+        offset = np.abs(bias).reshape(-1, len(scales)).max(axis=0)
+        # a channel without weights only adds its bias: 20 bits of it are plenty
+        scales = np.maximum(scales, offset / (input_scale * np.where(largest > 0, HALF_RANGE, 2.0**20)))
+    # input scale times weight scale must stay a normal float32
+    scales = np.maximum(scales, 2.0**-120 / input_scale)
+    scales[(largest == 0) & (scales <= 2.0**-119 / input_scale)] = 1.0
+    return scales.astype(np.float32)
+
+
+def _check_weights(model: ir.Model) -> None:
+    for name, value in model.graph.initializers.items():
+        array = M.constant(value)
+        if array is not None and np.issubdtype(array.dtype, np.floating) and np.isnan(array).any():
+            raise NonFiniteError(f"NaN in the weights '{name}'", "repair or retrain the model")
+    for node in model.graph:
+        for index in (1, 2) if weight_of(node) is not None else ():
+            array = M.constant(node.inputs[index]) if len(node.inputs) > index else None
+            if array is not None and not np.isfinite(array).all():
+                value = node.inputs[index]
+                raise NonFiniteError(
+                    f"Inf in the weights '{value.name if value else ''}'", "repair or retrain the model"
+                )
+
+
+def _unfit(model: ir.Model, decision: Decision, seen: dict[str, Observed]) -> dict[str, str]:
+    """Nodes whose observed ranges do not fit int8, with the reason."""
+    out: dict[str, str] = {}
+    chosen = set(decision.quantized)
+    for node in model.graph:
+        if node.name not in chosen or weight_of(node) is not None:
+            continue
+        spans = [_span(v, seen) for v in node.inputs if v is not None and v.dtype == ir.DataType.FLOAT]
+        spans = [s for s in spans if s is not None]
+        results = [s for v in node.outputs if (s := _span(v, seen)) is not None]
+        if any(s > HUGE for s in [*spans, *results]) and node.op_type != "MatMul":
+            out[node.name or ""] = "its values are as good as infinite"
+        elif node.op_type in {"Add", "Sub"} and len(spans) == 2 and max(spans) > MASK_RATIO * min(spans):
+            out[node.name or ""] = (
+                f"its operands are {max(spans):.3g} and {min(spans):.3g} wide: one scale would lose the smaller"
+            )
+    return {name: reason for name, reason in out.items() if name}
+
+
+def _span(value: ir.Value, seen: dict[str, Observed]) -> float | None:
+    array = M.constant(value)
+    if array is not None:
+        return float(np.abs(array).max()) if array.size else None
+    found = seen.get(value.name or "")
+    return None if found is None or found.low > found.high else max(abs(found.low), abs(found.high))
+
+
+def _activations(
+    model: ir.Model, decision: Decision, seen: dict[str, Observed], method: Method, everything: bool
+) -> dict[str, Activation]:
+    """Parameters of every value; members of a group share the union of their ranges."""
+    ranges: dict[str, tuple[float, float, Method]] = {}
+    for name in decision.activations:
+        # clipped logits hide in top-1 and ruin everything else
+        way: Method = "minmax" if name in decision.outputs else method
+        low, high = seen[name].range(way, everything)
+        ranges[name] = (low, high, way) if low <= high else (0.0, 0.0, way)
+    operands = {v.name: v for node in model.graph for v in node.inputs if v is not None}
+    for name in decision.constants:
+        array = M.constant(operands[name])
+        if array is not None:
+            ranges[name] = (float(array.min(initial=0)), float(array.max(initial=0)), "constant")
+    groups = [g for g in decision.groups if any(n in ranges for n in g)]
+    grouped = {n for g in groups for n in g}
+    out: dict[str, Activation] = {}
+    for group in [*groups, *((n,) for n in ranges if n not in grouped)]:
+        members = [ranges[n] for n in group if n in ranges]
+        ways = {m[2] for m in members} - {"constant"} or {"constant"}
+        shared = activation(min(m[0] for m in members), max(m[1] for m in members), sorted(ways)[0])
+        out.update((n, decision.fixed.get(n, shared)) for n in group if n in ranges)
+    return {name: out[name] for name in ranges}
+
+
+def _fate(node: ir.Node, activations: dict[str, Activation]) -> Fate:
+    """A Relu or Clip is removed when every representable output satisfies it already."""
+    bounds = clip_bounds(node)
+    parameters = activations[node.outputs[0].name or ""]
+    low, high = parameters.limits
+    slack = parameters.scale * 1e-3  # float32 rounding of the scale
+    return "removed" if bounds and low >= bounds[0] - slack and high <= bounds[1] + slack else "kept"
+
+
+# --- judging -----------------------------------------------------------------------------------------------
+def _judging(
+    model: ir.Model, data: Dataset, held: frozenset[int], batch_size: int
+) -> tuple[list[M.Tensors], list[M.Tensors]]:
+    """Held-back inputs (all samples if none are) within JUDGE_BYTES, and the float outputs on them."""
+    session = M.FloatSession(model)
+    fixed = M.batch_of(M.signature(model))
+    inputs: list[M.Tensors] = []
+    size = 0
+    for feed in feeds(M.signature(model), data, batch_size):
+        rows = [i for i in range(feed.rows) if not held or feed.first + i in held]
+        if not rows:
+            continue
+        # a fixed batch is kept whole: its other rows judge as well
+        picked = feed.inputs if fixed else {k: v[rows] for k, v in feed.inputs.items()}
+        inputs.append(picked)
+        size += sum(v.nbytes for v in picked.values())
+        if size > JUDGE_BYTES or sum(len(next(iter(i.values()))) for i in inputs) >= 96:
+            break
+    return inputs, [session.run(i) for i in inputs]
+
+
+def _score(quantized: ir.Model, inputs: list[M.Tensors], wanted: list[M.Tensors]) -> dict[str, float]:
+    """SQNR in dB (mean over float outputs) and the share of equal labels, in QDQ arithmetic as written."""
+    session = M.FloatSession(quantized, optimize=False)
+    got = [session.run(i) for i in inputs]
+    ratios, agreements = [], []
+    for name in wanted[0]:
+        if not np.issubdtype(wanted[0][name].dtype, np.floating):
+            continue
+        a = np.concatenate([w[name].reshape(-1) for w in wanted]).astype(np.float64)
+        b = np.concatenate([g[name].reshape(-1) for g in got]).astype(np.float64)
+        ratios.append(10 * np.log10(max(float((a**2).sum()), 1e-30) / max(float(((a - b) ** 2).sum()), 1e-30)))
+        if wanted[0][name].ndim > 1 and wanted[0][name].shape[-1] > 1:
+            same = [w[name].argmax(-1) == g[name].argmax(-1) for w, g in zip(wanted, got, strict=True)]
+            agreements.append(float(np.concatenate([s.reshape(-1) for s in same]).mean()))
+    return {
+        "sqnr_db": float(np.mean(ratios)) if ratios else 0.0,
+        "agreement": float(np.mean(agreements)) if agreements else 1.0,
+    }
