@@ -137,9 +137,7 @@ def _install_advice(packages: Iterable[Package]) -> list[dict[str, str]]:
             lacking.setdefault(package.extra, []).append(package.name)
     for extra, names in lacking.items():
         why = f"to {_EXTRAS[extra]}" if extra == "keras" else f"for {_EXTRAS.get(extra, 'edgekit itself')}"
-        out.append(
-            {"why": f"{why} ({', '.join(names)})", "command": pip_command(f"edgekit[{extra}]" if extra else "edgekit")}
-        )
+        out.append({"why": f"{why} ({', '.join(names)})", "command": pip_command(extra)})
     return out
 
 
