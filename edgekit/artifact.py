@@ -1,7 +1,7 @@
 """Artifacts on disk: staged, hashed, renamed into place, and described by a manifest.
 
-A build folder holds `<target>/<backend>-<precision>/` artifacts, `results.jsonl` and `.cache/` stages by content. What is
-half-written lives in `.staging-*` and never carries a final name.
+A build folder holds `<target>/<backend>-<precision>/` artifacts, `results.jsonl` and `.cache/` stages by content.
+What is half-written lives in `.staging-*` and never carries a final name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPE
 class Manifest:
     """What an artifact is and where it came from. Holds no time: the same inputs give the same manifest.
 
-    identity: sha256 over everything that decides the content; a repeated run reuses an artifact whose identity is the same.
+    identity: sha256 over everything that decides the content; a repeated run reuses an artifact of the same identity.
     files: name -> {"sha256", "size_bytes"}.
     """
 
@@ -174,6 +174,16 @@ def staged(root: Path, final: Path) -> Iterator[Path]:
         finally:
             if folder.exists():
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside, then rename: a reader never sees half a file."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:

@@ -68,37 +68,6 @@ def _emit(document: Any) -> None:
     click.echo(json.dumps(document, indent=1, allow_nan=False))
 
 
-def _sizes(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    """`96` or `96x128` (height x width)."""
-    if value is None:
-        return None
-    parts = value.lower().split("x")
-    if not 1 <= len(parts) <= 2 or not all(p.isdigit() and int(p) > 0 for p in parts):
-        raise click.BadParameter(f"'{value}': give HEIGHTxWIDTH, for example 96x96")
-    return int(parts[0]), int(parts[-1])
-
-
-def _numbers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[float, ...] | None:
-    """`0.5` or `0.485,0.456,0.406`."""
-    if value is None:
-        return None
-    try:
-        return tuple(float(v) for v in value.split(","))
-    except ValueError as error:
-        raise click.BadParameter(f"'{value}': give numbers separated by commas") from error
-
-
-def _number(_: click.Context, param: click.Parameter, value: str | None) -> float | None:
-    """A number or a fraction such as 1/255."""
-    if value is None:
-        return None
-    try:
-        above, _slash, below = value.partition("/")
-        return float(above) / float(below or 1)
-    except (ValueError, ZeroDivisionError) as error:
-        raise click.BadParameter(f"'{value}': give a number or a fraction such as 1/255") from error
-
-
 def _shapes(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
     """`input=1,96,96,3`, once per input; `?` or -1 leaves a size open."""
     out = {}
@@ -126,11 +95,11 @@ _data_options = _options(
     click.option("--label-column", metavar="NAME", help="Label column of a .csv or .parquet file."),
     click.option("--labels", type=click.Path(path_type=Path), help="File with the labels, if they are apart."),
     click.option("--preprocessing", type=click.Path(path_type=Path), help="TOML with the options below."),
-    click.option("--resize", callback=_sizes, metavar="HxW", help="Resize images to this size."),
-    click.option("--crop", callback=_sizes, metavar="HxW", help="Crop the centre of images."),
-    click.option("--scale", callback=_number, metavar="X", help="Multiply by X, for example 1/255."),
-    click.option("--mean", callback=_numbers, metavar="M,..", help="Subtract, per channel, after scaling."),
-    click.option("--std", callback=_numbers, metavar="S,..", help="Divide by, per channel, after scaling."),
+    click.option("--resize", metavar="HxW", help="Resize images to this size."),
+    click.option("--crop", metavar="HxW", help="Crop the centre of images."),
+    click.option("--scale", metavar="X", help="Multiply by X, for example 1/255."),
+    click.option("--mean", metavar="M,..", help="Subtract, per channel, after scaling."),
+    click.option("--std", metavar="S,..", help="Divide by, per channel, after scaling."),
     click.option("--channel-order", type=click.Choice(["RGB", "BGR"]), help="What the model wants."),
     click.option("--layout", type=click.Choice(["NHWC", "NCHW"]), help="What the model wants."),
 )

@@ -25,6 +25,12 @@ class EdgekitError(Exception):
         self.remedy = remedy
 
 
+class UsageError(EdgekitError):
+    """An option whose value makes no sense; the same code as click's own usage errors."""
+
+    exit_code = 2
+
+
 # --- the model -------------------------------------------------------------------------------------
 class ModelFileError(EdgekitError):
     """The file is missing, corrupt, truncated, or not what its name says."""

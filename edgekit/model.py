@@ -123,7 +123,11 @@ def save(model: ir.Model, path: Path) -> None:
     proto = to_proto(model)
     large = proto.ByteSize() >= PROTOBUF_LIMIT
     onnx.save_model(
-        proto, str(path), save_as_external_data=large, location=f"{path.name}.data" if large else None, size_threshold=1024
+        proto,
+        str(path),
+        save_as_external_data=large,
+        location=f"{path.name}.data" if large else None,
+        size_threshold=1024,
     )
 
 
@@ -181,9 +185,7 @@ class FloatSession:
     optimize: False runs the graph as it is written, node by node.
     """
 
-    def __init__(
-        self, model: ir.Model, fetch: Iterable[str] = (), *, optimize: bool = True, threads: int = 0
-    ) -> None:
+    def __init__(self, model: ir.Model, fetch: Iterable[str] = (), *, optimize: bool = True, threads: int = 0) -> None:
         import onnxruntime as ort
 
         proto = to_proto(model)
@@ -199,9 +201,7 @@ class FloatSession:
         options.intra_op_num_threads = threads
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
-        self._session = ort.InferenceSession(
-            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        self._session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def run(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> Tensors:
         """inputs: one array per graph input, batch first. Returns every output (and fetched value) by name."""

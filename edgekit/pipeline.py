@@ -1,4 +1,4 @@
-"""The straight line as functions: load, convert, bench, report, inspect. The command line and the Python API call these."""
+"""The straight line as functions: load, convert, bench, report, inspect; the command line and the Python API."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from edgekit.errors import (
     MissingExtraError,
     NoCalibrationDataError,
     PrecisionError,
+    UnknownTargetError,
     UnsupportedOpError,
+    UsageError,
 )
 from edgekit.report.progress import Progress, silent
 from edgekit.target import PRECISIONS, CandidateSpec, Target, load_target
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from edgekit.dataset import Dataset
     from edgekit.preprocessing import Preprocessing
     from edgekit.sources import Source
@@ -181,6 +181,190 @@ def _open(
     if isinstance(data, Dataset):
         return data
     return open_dataset(data, preprocessing=preprocessing, label_column=label_column, labels=labels)
+
+
+def bench(
+    build: Path | str,
+    targets: Sequence[str] = (),
+    *,
+    data: str | Path | Dataset | None = None,
+    samples: int | None = None,
+    quick: bool = False,
+    threads: Sequence[str | int] = (),
+    batch: int = 1,
+    profile: bool = False,
+    max_accuracy_drop: float = 0.01,
+    seed: int = 0,
+    preprocessing: Preprocessing | None = None,
+    label_column: str | None = None,
+    labels: Path | None = None,
+    targets_dir: Path | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measure every artifact of a build side by side and decide what to ship.
+
+    data: test data; without it latency, size and memory are measured and quality is absent, with the reason.
+    samples: judge quality on at most that many; threads: counts or "all", instead of the profile's.
+    Returns the bench document (schema 1) and appends the raw measurements to `build/results.jsonl`.
+    """
+    from edgekit.bench.results import RESULTS_FILE
+    from edgekit.bench.run import run_bench
+
+    root = artifact.check_build(Path(build))
+    manifests = _manifests(root, _as_list(targets))
+    recorded = next(iter(manifests.values())).preprocessing
+    dataset = _open(data, preprocessing or _recorded(data, recorded), label_column, labels)
+    warnings = _data_warnings(dataset, manifests, progress)
+    documents = []
+    for name in dict.fromkeys(m.target for m in manifests.values()):
+        documents.append(
+            run_bench(
+                [_entry(path, m) for path, m in manifests.items() if m.target == name],
+                dataset,
+                threads=_threads(threads) or _profile_threads(name, targets_dir),
+                quick=quick,
+                profile=profile,
+                max_accuracy_drop=max_accuracy_drop,
+                seed=seed,
+                progress=progress,
+                sample_limit=samples,
+                batch=batch,
+                results_path=root / RESULTS_FILE,
+            )
+        )
+    return _with_warnings(_merged(documents), warnings)
+
+
+def report(build: Path | str, *, out: Path | str | None = None, kind: str | None = None) -> str:
+    """The newest measurements of a build as text, markdown or JSON; written to `out` if given. Measures nothing."""
+    from edgekit.report import render
+
+    root = artifact.check_build(Path(build))
+    text = render.render(latest_document(root), kind or render.kind_of(out))
+    if out is not None:
+        with artifact.disk_errors(Path(out)):
+            artifact.write_text(Path(out), text)
+    return text
+
+
+def latest_document(root: Path) -> dict[str, Any]:
+    """The bench document of the newest measurements of each target in `results.jsonl`."""
+    from edgekit.bench.document import document
+    from edgekit.bench.results import RESULTS_FILE, latest, read
+
+    path = root / RESULTS_FILE
+    if not path.is_file():
+        raise ArtifactError(f"nothing was measured in '{root}' yet", f"run `edgekit bench {root}`")
+    notes: list[str] = []
+    measured = read(path, notes.append)
+    by_target = {name: [m for m in measured if m.target == name] for name in dict.fromkeys(m.target for m in measured)}
+    return _with_warnings(_merged([document(latest(lines)) for lines in by_target.values()]), notes)
+
+
+def _manifests(root: Path, targets: Sequence[str]) -> dict[Path, artifact.Manifest]:
+    """Artifact folder -> manifest, hashes checked, in the order of the profiles' candidates."""
+    found = {path: artifact.read_manifest(path) for path in artifact.artifacts(root)}
+    for name in targets:
+        if not any(m.target == name for m in found.values()):
+            made = ", ".join(sorted({m.target for m in found.values()})) or "nothing"
+            raise ArtifactError(
+                f"build '{root}' has no target '{name}' (it has {made})", f"run `edgekit convert -t {name}`"
+            )
+    if not found:
+        raise ArtifactError(f"build '{root}' holds no artifact", "run `edgekit convert MODEL` first")
+    order = {name: i for i, name in enumerate(backends.BACKENDS)}
+    ranked = sorted(found.items(), key=lambda p: (p[1].target, PRECISIONS.index(p[1].precision), order[p[1].backend]))
+    return {path: m for path, m in ranked if not targets or m.target in targets}
+
+
+def _entry(path: Path, manifest: artifact.Manifest) -> Any:
+    from edgekit.bench.run import Entry
+    from edgekit.model import Signature
+
+    backend = backends.get(manifest.backend)
+    parity = dict(manifest.parity or {})
+    problems = tuple(parity.get("reasons", ()))
+    install = backend.missing()
+    if install:
+        problems = (*problems, f"not run: needs {manifest.backend}: {install}")
+    return Entry(
+        target=manifest.target,
+        backend=manifest.backend,
+        precision=manifest.precision,
+        path=path,
+        runner=backend.RUNNER,
+        sha256=manifest.sha256,
+        size_bytes=manifest.size_bytes,
+        signature=Signature.from_json(manifest.signature),
+        parity=parity,
+        problems=problems,
+    )
+
+
+def _threads(given: Sequence[str | int]) -> tuple[int | Any, ...]:
+    out: list[int | str] = []
+    for value in given:
+        if value == "all":
+            out.append("all")
+        elif str(value).isdigit() and int(value) > 0:
+            out.append(int(value))
+        else:
+            raise UsageError(f"--threads {value}", 'give a number from 1 or "all"')
+    return tuple(out)
+
+
+def _profile_threads(name: str, targets_dir: Path | None) -> tuple[int | Any, ...]:
+    """The profile's thread counts; a target whose profile is gone is measured with the default ones."""
+    try:
+        return load_target(name, targets_dir).threads
+    except UnknownTargetError:
+        return (1, "all")
+
+
+def _recorded(data: Any, recorded: Mapping[str, Any] | None) -> Preprocessing | None:
+    """The preprocessing that convert recorded, unless the data come with a declaration of their own."""
+    if recorded is None or not isinstance(data, str | Path):
+        return None
+    from edgekit.preprocessing import Preprocessing, find_file
+
+    if find_file(Path(str(data).partition("#")[0])) is not None:
+        return None
+    return Preprocessing.from_json(recorded)
+
+
+def _data_warnings(
+    dataset: Dataset | None, manifests: Mapping[Path, artifact.Manifest], progress: Progress
+) -> list[str]:
+    """What a reader must know of the data before trusting a figure."""
+    out = []
+    first = next(iter(manifests.values()))
+    calibration = next((m.calibration for m in manifests.values() if m.calibration), None)
+    if calibration and calibration["random"]:
+        out.append("int8 was calibrated on random inputs: its accuracy says little about real calibration data")
+    if dataset is None:
+        return out
+    progress("compare calibration and test data", 0, 0)
+    if calibration:
+        shared = len(set(calibration["sample_ids"]) & set(dataset.sample_ids()))
+        if shared:
+            out.append(f"{shared} of the {dataset.samples} test samples were also used for calibration")
+    if first.preprocessing is not None and first.preprocessing != dataset.preprocessing.to_json():
+        out.append(
+            f"the test data are prepared differently ({dataset.preprocessing.describe()}) from the calibration data"
+        )
+    return out
+
+
+def _merged(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One document for several targets, measured one after the other on the same machine."""
+    merged = dict(documents[-1])
+    merged["artifacts"] = [row for d in documents for row in d["artifacts"]]
+    merged["verdict"] = {name: v for d in documents for name, v in d["verdict"].items()}
+    return merged
+
+
+def _with_warnings(document: dict[str, Any], warnings: Sequence[str]) -> dict[str, Any]:
+    return {**document, "warnings": list(warnings)}
 
 
 def inspect(

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from edgekit import __version__, artifact, backends
 from edgekit import model as M
-from edgekit.errors import ConversionMismatchError, NonFiniteError
+from edgekit.errors import ArtifactError, ConversionMismatchError, NonFiniteError
 from edgekit.report.progress import Progress
 from edgekit.target import CandidateSpec, Target
 
@@ -279,7 +279,7 @@ def _current(final: Path, identity: str) -> artifact.Manifest | None:
         return None
     try:
         manifest = artifact.read_manifest(final)
-    except artifact.ArtifactError:
+    except ArtifactError:
         return None  # damaged or of an older schema: made anew
     return manifest if manifest.identity == identity else None
 

@@ -42,26 +42,23 @@ def opened(backend: Backend, folder: Path, *, batch: int = 0) -> Iterator[Worker
         yield worker
 
 
-def batch_for(model: ir.Model, notes: tuple[str, ...] | list[str] = ()) -> int:
-    """How many samples to hand a model at once: what it demands, 1 where its artifact was fixed to that, else BATCH."""
-    if notes:
-        return 1
-    return M.batch_of(M.signature(model)) or BATCH
+def batch_for(model: ir.Model) -> tuple[int, bool]:
+    """(samples to hand over at once, whether the model takes exactly that many)."""
+    fixed = M.batch_of(M.signature(model))
+    return fixed or BATCH, fixed is not None
 
 
-def floating(
-    backend: Backend, folder: Path, original: ir.Model, data: Dataset, precision: str, batch: int
-) -> dict[str, Any]:
+def floating(backend: Backend, folder: Path, original: ir.Model, data: Dataset, precision: str) -> dict[str, Any]:
     """Compare a float artifact with the imported model in ONNX Runtime, unoptimized.
 
-    Returns {"kind", "max_rel_error", "bound", "label_agreement", "samples", "ok", "reasons"}; errors are relative to the
-    largest magnitude of each output.
+    Returns {"kind", "max_rel_error", "bound", "label_agreement", "samples", "ok", "reasons"}; errors are relative to
+    the largest magnitude of each output.
     """
     reference = M.FloatSession(original, optimize=False)
     worst, same, labels, samples = 0.0, 0, 0, 0
     reasons: list[str] = []
     with opened(backend, folder) as worker:
-        for part in full_batches(data, batch):
+        for part in batches(data, original):
             expected, got = reference.run(part), worker.infer(part)
             samples += len(next(iter(part.values())))
             for name, value in expected.items():
@@ -93,20 +90,22 @@ def floating(
     }
 
 
-def full_batches(data: Dataset, batch: int) -> Iterator[M.Tensors]:
-    """Batches of exactly `batch` samples; a last short one is completed by repeating its first sample."""
-    for part in data.batches(batch):
-        short = batch - len(part.index)
-        if short and batch > 1:
-            yield {k: np.concatenate([v, np.repeat(v[:1], short, 0)]) for k, v in part.inputs.items()}
-        else:
+def batches(data: Dataset, model: ir.Model) -> Iterator[M.Tensors]:
+    """The data as the model takes them. Of a fixed-batch model a short last batch is left out, or, if there is no other,
+    filled by repeating its samples."""
+    size, exact = batch_for(model)
+    for number, part in enumerate(data.batches(size)):
+        if len(part.index) == size or not exact:
             yield part.inputs
+        elif number == 0:
+            yield {k: v[np.arange(size) % len(v)] for k, v in part.inputs.items()}
 
 
-def quantized(backend: Backend, folder: Path, model: ir.Model, data: Dataset, batch: int) -> dict[str, Any]:
-    """Compare an int8 artifact with the exact integer reference: every operator on the reference's own inputs, and end to end.
+def quantized(backend: Backend, folder: Path, model: ir.Model, data: Dataset) -> dict[str, Any]:
+    """Compare an int8 artifact with the exact integer reference: operator by operator, and end to end.
 
-    model: the QDQ model that the artifact was lowered from. Returns parity.ParityRecord as JSON with "kind", "ok" and "reasons".
+    Each operator gets the reference's own inputs. model: the QDQ model that the artifact was lowered from.
+    Returns parity.ParityRecord as JSON with "kind", "ok" and "reasons".
     """
     from edgekit import parity
 
@@ -127,7 +126,7 @@ def quantized(backend: Backend, folder: Path, model: ir.Model, data: Dataset, ba
             except (UnsupportedOpError, WorkerError) as error:
                 raise parity.Unreadable(error.what) from error
 
-        record = parity.check(model, run_or_explain, artifact_worker.infer, full_batches(data, batch))
+        record = parity.check(model, run_or_explain, artifact_worker.infer, batches(data, model))
     out: dict[str, Any] = {"kind": "int8", **record.to_json()}
     reasons = []
     if out["per_op_max_lsb"] is not None and out["per_op_max_lsb"] > MAX_LSB:

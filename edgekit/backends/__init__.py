@@ -27,9 +27,9 @@ class Backend(Protocol):
     NAME: str
     PRECISIONS: tuple[str, ...]
     RUNNER: Path
-    """A Python file, standard library + numpy + the runtime only, that a worker loads on any host. It defines
-    `open_session(folder: str, threads: int, batch: int, profile: bool) -> session` with `session.run(inputs) -> outputs`
-    (dicts of arrays by name), `session.layers() -> list[dict]` (per-layer seconds when `profile`) and `version() -> str`."""
+    """A Python file, standard library + numpy + the runtime only, that a worker loads on any host. It defines `version()`
+    and `open_session(folder, threads, batch, profile)`, whose session has `run(inputs) -> outputs` (arrays by name),
+    `bind(inputs) -> call` (the call that is timed) and `layers()` (seconds per layer when profiling)."""
 
     def missing(self) -> str | None:
         """None if the runtime is installed, else the command that installs it."""

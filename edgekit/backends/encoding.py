@@ -51,9 +51,9 @@ def _is_int8(value: ir.Value | None) -> bool:
         return False
     array = M.constant(value)
     if array is not None:
-        return array.dtype == np.int8
+        return bool(array.dtype == np.int8)
     if value.dtype is not None:
-        return value.dtype == ir.DataType.INT8
+        return bool(value.dtype == ir.DataType.INT8)
     producer = value.producer()
     return producer is not None and producer.op_type == "QuantizeLinear"
 

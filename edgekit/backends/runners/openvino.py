@@ -43,10 +43,22 @@ class Session:
         self._request = self._compiled.create_infer_request()
         self.inputs: list[str] = [i.get_any_name() for i in model.inputs]
         self._ports = [_artifact_name(o) for o in model.outputs]
+        self._fixed = _common_batch(model)
         self._layers: dict[str, dict[str, Any]] = {}
         self._profile = profile
 
     def run(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+        """Any number of samples; a model compiled for fewer at once gets them in turn."""
+        samples = len(inputs[self.inputs[0]]) if self._fixed else 0
+        if not self._fixed or samples == self._fixed or samples % self._fixed:
+            return self._infer(inputs)
+        parts = [
+            self._infer({n: inputs[n][i : i + self._fixed] for n in self.inputs})
+            for i in range(0, samples, self._fixed)
+        ]
+        return {n: np.concatenate([p[n] for p in parts]) for n in self._ports}
+
+    def _infer(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         self._request.infer({n: inputs[n] for n in self.inputs})
         return {n: self._request.get_output_tensor(i).data.copy() for i, n in enumerate(self._ports)}
 
@@ -78,6 +90,17 @@ class Session:
     def layers(self) -> list[dict[str, Any]]:
         """Seconds per node, summed over the profiled calls so far."""
         return list(self._layers.values())
+
+
+def _common_batch(model: Any) -> int:
+    """The batch that all inputs and outputs are fixed to, or 0."""
+    sizes = set()
+    for port in (*model.inputs, *model.outputs):
+        shape = port.partial_shape
+        if shape.rank.is_dynamic or not shape.rank.get_length() or shape[0].is_dynamic:
+            return 0
+        sizes.add(shape[0].get_length())
+    return int(sizes.pop()) if len(sizes) == 1 else 0
 
 
 def _artifact_name(port: Any) -> str:
