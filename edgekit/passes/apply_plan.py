@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ INT8 = ir.DataType.INT8
 
 
 def prepared(model: ir.Model) -> ir.Model:
-    """A copy whose nodes all have names of their own and whose values have types. Raises UnsupportedOpError on QDQ models."""
+    """A copy with named nodes and typed values. Raises UnsupportedOpError if it is quantized already."""
     proto = M.to_proto(model)
     taken: set[str] = set()
     for index, node in enumerate(proto.graph.node):
@@ -32,10 +33,9 @@ def prepared(model: ir.Model) -> ir.Model:
             name = f"{name}_{index}"
         node.name = name
         taken.add(name)
-    try:
+    # where inference fails, types that were there stay; nodes beside untyped values are left float, with that reason
+    with suppress(onnx.shape_inference.InferenceError, ValueError, RuntimeError):
         proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
-        pass  # types that were there stay; nodes beside untyped values are left float, with that reason
     return M.from_proto(proto)
 
 
@@ -105,7 +105,7 @@ class _Writer:
     def initializer(self, name: str, array: Array) -> ir.Value:
         name = self.fresh(name)
         tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         self.values[name] = value
         return value
@@ -203,11 +203,12 @@ class _Writer:
 def quantize(array: Array, parameters: Activation) -> Array:
     """float array -> int8 with the plan's parameters, in the arithmetic of QuantizeLinear (float32, ties to even)."""
     q = np.rint(array.astype(np.float32) / np.float32(parameters.scale)) + parameters.zero_point
-    return np.clip(q, QMIN, QMAX).astype(np.int8)
+    stored: Array = np.clip(q, QMIN, QMAX).astype(np.int8)
+    return stored
 
 
 def folded(node: ir.Node) -> tuple[Array, Array | None]:
-    """Weight (float32) and bias (float64, one value per output channel) of a weighted node, Gemm's alpha and beta applied."""
+    """Weight (float32) and bias (float64, one value per output channel) of a node, Gemm's alpha and beta applied."""
     weight = M.constant(node.inputs[1])
     if weight is None or node.op_type not in WEIGHTED:
         raise ArtifactError(f"node '{node.name}' has no constant weight", "plan it again")

@@ -1,4 +1,4 @@
-"""Observes a float model's activations over a dataset, in memory that does not grow with it, and turns them into ranges."""
+"""Observes a float model's activations over a dataset, in memory that does not grow with it; turns them into ranges."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class Feed:
 
 
 def feeds(sig: M.Signature, data: Dataset, batch_size: int) -> Iterator[Feed]:
-    """The dataset in file order, in the model's own batch size if that is fixed. Raises NonFiniteError on NaN or Inf."""
+    """The dataset in file order, in the model's own batch size if that is fixed. NonFiniteError on NaN or Inf."""
     fixed = M.batch_of(sig)
     first = 0
     for batch in data.bind(sig).batches(fixed or batch_size):

@@ -1,4 +1,4 @@
-"""The quantization plan: every decision of `QuantizeInt8` as plain data that can be printed, saved, compared and reused."""
+"""The quantization plan: every decision of `QuantizeInt8` as plain data to be printed, saved, compared and reused."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ class Weight:
 
     @property
     def limit(self) -> int:
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
 
 @dataclass(frozen=True)
 class QuantizationPlan:
     """What `apply_plan` needs besides the model.
 
-    method: the calibration that was chosen for the whole model. scores: what each tried one reached on held-back samples
+    method: the calibration chosen for the whole model. scores: what each tried one reached on held-back samples
         ({"minmax": {"sqnr_db": 31.2, "agreement": 0.99}, ...}).
     quantized: names of the nodes that compute on integers, in graph order.
     fused: Relu and Clip nodes without a quantization between them and the node before: "removed" when saturation of the
@@ -145,7 +145,7 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def activation(low: float, high: float, method: Method) -> Activation:
-    """Asymmetric int8 parameters for [low, high], widened to hold 0. A tensor that is always 0 gets the range [0, 1]."""
+    """Asymmetric int8 parameters for [low, high], widened to hold 0. A tensor that is always 0 gets [0, 1]."""
     low, high = min(float(low), 0.0), max(float(high), 0.0)
     if low == high:
         high = 1.0

@@ -34,8 +34,8 @@ METHODS: tuple[Method, ...] = ("minmax", "mse", "percentile")
 class QuantizeInt8:
     """Static int8: asymmetric per-tensor activations, symmetric per-channel weights, int32 bias (LiteRT's scheme).
 
-    weight_bits: 7 for a CPU whose u8 x s8 kernels saturate, else 8. calibration: "auto" tries the three methods and takes
-    the one that leaves held-back samples closest to the float model. keep_float: names of nodes to leave alone.
+    weight_bits: 7 for a CPU whose u8 x s8 kernels saturate, else 8. calibration: "auto" tries the three methods and
+    takes the one that leaves held-back samples closest to the float model. keep_float: names of nodes to leave alone.
     """
 
     weight_bits: Literal[7, 8] = 8
@@ -139,7 +139,7 @@ class QuantizeInt8:
 def weight_scales(weight: Array, axis: int, limit: int, input_scale: float, bias: Array | None) -> Array:
     """float32 scale per channel of `axis`: max |w| / limit, raised where bias or sum would leave int32.
 
-    bias: one value per output channel; more of them than channels (grouped transposed convolution) share scales in turn.
+    bias: one value per output channel; more of them than channels (grouped ConvTranspose) share scales in turn.
     """
     rows = np.abs(np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1).astype(np.float64))
     largest, total = rows.max(axis=1, initial=0.0), rows.sum(axis=1)
@@ -176,8 +176,8 @@ def _unfit(model: ir.Model, decision: Decision, seen: dict[str, Observed]) -> di
     for node in model.graph:
         if node.name not in chosen or weight_of(node) is not None:
             continue
-        spans = [_span(v, seen) for v in node.inputs if v is not None and v.dtype == ir.DataType.FLOAT]
-        spans = [s for s in spans if s is not None]
+        reads = [v for v in node.inputs if v is not None and v.dtype == ir.DataType.FLOAT]
+        spans = [s for v in reads if (s := _span(v, seen)) is not None]
         results = [s for v in node.outputs if (s := _span(v, seen)) is not None]
         if any(s > HUGE for s in [*spans, *results]) and node.op_type != "MatMul":
             out[node.name or ""] = "its values are as good as infinite"
