@@ -119,7 +119,7 @@ class Conversion:
 
                 self.progress("calibrate", 0, 0)
                 plan: QuantizationPlan = step.plan(model, self.calibration_set)
-                return apply_plan(model, plan), {"plan": plan.to_json(), "calibration": self._calibration_record()}
+                return apply_plan(model, plan), {"plan": json.loads(plan.to_json()), "calibration": self._calibration_record()}
 
             self._quantized[weight_bits] = self._stage(f"quantize to int8, {weight_bits}-bit weights", identity, make)
         return self._quantized[weight_bits]

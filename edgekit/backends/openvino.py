@@ -111,7 +111,7 @@ def _read(core: Any, model: ir.Model) -> tuple[Any, list[str]]:
             failure = failure or error
     assert failure is not None
     raise UnsupportedOpError(
-        f"OpenVINO cannot take this model: {_first_reason(failure)}", "leave this backend out"
+        f"OpenVINO cannot take this model: {_first_reason(failure, model)}", "leave this backend out"
     ) from failure
 
 
@@ -122,8 +122,21 @@ def _keep_names(read: Any, sig: M.Signature) -> None:
             port.get_tensor().set_names({spec.name})
 
 
-def _first_reason(error: Exception) -> str:
-    """The line of OpenVINO's many that says what is wrong."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+def _first_reason(error: Exception, model: ir.Model) -> str:
+    """What OpenVINO's many lines say is wrong: the operators without a rule, or the node that failed, else a line."""
+    text = str(error)
+    if unknown := re.search(r"No conversion rule found for operations: (.+)", text):
+        operators = [re.sub(r"-\d+$", "", name.strip()) for name in unknown[1].split(",")]
+        return "; ".join(_where(operator, model) for operator in operators)
+    if node := re.search(r"ONNX node '<Node\(([^)]*)\): ([^>]*)>'", text):
+        return f"it fails at operator {node[1]}, node '{node[2]}'"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     told = [line for line in lines if not re.match(r"^(Exception from|Check |FrontEnd|\[ NOT|src/|While )", line)]
     return (told or lines or [type(error).__name__])[0][:200]
+
+
+def _where(operator: str, model: ir.Model) -> str:
+    """The operator with the first node that uses it."""
+    name = operator.rpartition(".")[2]
+    at = next((n.name for n in model.graph if n.op_type == name), None)
+    return f"no rule for operator {operator}" + (f", node '{at}'" if at else "")
