@@ -177,11 +177,10 @@ class _Writer:
             raise ArtifactError(f"the quantization plan gives node '{node.name}' another weight", "plan it again")
         array, bias = folded(node)
         scales = np.array(plan.scales, np.float32)
-        shape = [1] * array.ndim
-        shape[plan.axis] = -1
-        stored = np.clip(np.rint(array / scales.reshape(shape)), -plan.limit, plan.limit).astype(np.int8)
+        stored = quantize_weight(array, plan)
         self._constant(node, 1, f"{plan.value}", stored, scales, weight, plan.axis)
         if bias is not None:
+            bias = bias + np.array(self.plan.bias_shifts.get(node.name or "", 0.0))
             source = self.plan.activations[(node.inputs[0].name or "") if node.inputs[0] is not None else ""]
             products = np.float32(source.scale) * np.resize(scales, bias.shape)
             integers = np.clip(np.rint(bias / products.astype(np.float64)), -(2**31) + 1, 2**31 - 1).astype(np.int32)
@@ -198,6 +197,15 @@ class _Writer:
         reader = self.node("DequantizeLinear", inputs, f"{name}_dequantized", like or stored, FLOAT, axis=axis)
         self.graph.insert_before(node, reader)
         node.replace_input_with(position, reader.outputs[0])
+
+
+def quantize_weight(array: Array, plan: Weight) -> Array:
+    """float32 weight -> int8 of the same shape within the plan's bits; ties to even."""
+    shape = [1] * array.ndim
+    shape[plan.axis] = -1
+    scales = np.array(plan.scales, np.float32).reshape(shape)
+    stored: Array = np.clip(np.rint(array / scales), -plan.limit, plan.limit).astype(np.int8)
+    return stored
 
 
 def quantize(array: Array, parameters: Activation) -> Array:

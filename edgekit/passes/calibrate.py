@@ -30,7 +30,10 @@ PERCENTILE = 99.99
 
 @dataclass
 class Observed:
-    """One tensor over the dataset. `fit` are the samples that ranges are chosen on, `held` those they are judged on."""
+    """One tensor over the dataset. `fit` are the samples that ranges are chosen on, `held` those they are judged on.
+
+    sums: per channel (axis 1) over the fit samples, of `rows` values each; kept for tensors that weights multiply.
+    """
 
     low: float = np.inf
     high: float = -np.inf
@@ -38,12 +41,19 @@ class Observed:
     fit_high: float = -np.inf
     fit: Array = field(default_factory=lambda: np.zeros(BINS))
     held: Array = field(default_factory=lambda: np.zeros(BINS))
+    sums: Array | float = 0.0
+    rows: int = 0
 
-    def extend(self, values: Array, held: bool) -> None:
+    def extend(self, values: Array, held: bool, channels: bool = False) -> None:
         low, high = float(values.min()), float(values.max())
         self.low, self.high = min(self.low, low), max(self.high, high)
         if not held:
             self.fit_low, self.fit_high = min(self.fit_low, low), max(self.fit_high, high)
+            if channels and values.ndim > 1:
+                self.sums = self.sums + values.sum(
+                    axis=tuple(a for a in range(values.ndim) if a != 1), dtype=np.float64
+                )
+                self.rows += values.size // values.shape[1]
 
     def count(self, values: Array, held: bool) -> None:
         flat = values.reshape(-1)
@@ -168,13 +178,22 @@ def split(feed: Feed, arrays: Mapping[str, Array], held: frozenset[int]) -> Iter
 
 # --- observing -------------------------------------------------------------------------------------------
 def observe(
-    model: ir.Model, data: Dataset, values: Sequence[str], *, batch_size: int, held: frozenset[int]
+    model: ir.Model,
+    data: Dataset,
+    values: Sequence[str],
+    *,
+    batch_size: int,
+    held: frozenset[int],
+    means: frozenset[str] = frozenset(),
 ) -> dict[str, Observed]:
-    """Exact extremes of each named value over all samples. Raises NonFiniteError naming the tensor that holds NaN."""
+    """Exact extremes of each named value over all samples, and channel sums of those in `means`.
+
+    Raises NonFiniteError naming the tensor that holds NaN.
+    """
     seen = {name: Observed() for name in values}
     for name, array, is_held in _fetched(model, data, values, batch_size, held):
         if array.size:
-            seen[name].extend(array, is_held)
+            seen[name].extend(array, is_held, name in means)
             if np.isnan(seen[name].low) or np.isnan(array.min()):
                 raise NonFiniteError(
                     f"NaN in tensor '{name}' during calibration",

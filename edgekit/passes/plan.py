@@ -71,6 +71,7 @@ class QuantizationPlan:
     float_nodes: node -> why it stays float.
     activations: value -> parameters, constant operands included. weights: node -> parameters of its weight.
     groups: sets of values that share scale and zero point.
+    bias_shifts: node -> what is added to its bias, one float per output channel, to undo the mean error of its weights.
     """
 
     weight_bits: int
@@ -81,6 +82,7 @@ class QuantizationPlan:
     activations: dict[str, Activation]
     weights: dict[str, Weight]
     groups: tuple[tuple[str, ...], ...] = ()
+    bias_shifts: dict[str, tuple[float, ...]] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     samples: int = 0
     seed: int = 0
@@ -103,6 +105,7 @@ class QuantizationPlan:
                 )
             data["activations"] = {k: Activation(**v) for k, v in data["activations"].items()}
             data["weights"] = {k: Weight(**{**v, "scales": tuple(v["scales"])}) for k, v in data["weights"].items()}
+            data["bias_shifts"] = {k: tuple(v) for k, v in data["bias_shifts"].items()}
             data["quantized"] = tuple(data["quantized"])
             data["groups"] = tuple(tuple(g) for g in data["groups"])
             return QuantizationPlan(**data)

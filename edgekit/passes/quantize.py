@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from edgekit import model as M
 from edgekit.errors import NoCalibrationDataError, NonFiniteError, UnsupportedOpError
-from edgekit.passes.apply_plan import apply_plan, folded, prepared
+from edgekit.passes.apply_plan import apply_plan, folded, prepared, quantize_weight
 from edgekit.passes.calibrate import Observed, check_finite, feeds, fill_histograms, held_back, observe
 from edgekit.passes.decide import HUGE, Decision, candidate_values, clip_bounds, decide, weight_axis, weight_of
 from edgekit.passes.plan import Activation, Fate, Method, QuantizationPlan, Weight, activation
@@ -59,7 +59,14 @@ class QuantizeInt8:
         _check_weights(model)
         forced = self._requested(model)
         held = held_back(data.samples, self.seed)
-        seen = observe(model, data, list(candidate_values(model)), batch_size=self.batch_size, held=held)
+        seen = observe(
+            model,
+            data,
+            list(candidate_values(model)),
+            batch_size=self.batch_size,
+            held=held,
+            means=_multiplied(model),
+        )
         decision = decide(model, forced)
         while extra := _unfit(model, decision, seen):
             forced |= extra
@@ -91,7 +98,14 @@ class QuantizeInt8:
         # a sample or two of agreement is noise; within that the signal decides
         close = max(s["agreement"] for s in scores.values()) - 0.02
         best = max((m for m in METHODS if scores[m]["agreement"] >= close), key=lambda m: scores[m]["sqnr_db"])
-        return self._assemble(model, decision, seen, best, data.samples, scores=scores)
+        trial = self._assemble(model, decision, seen, best, data.samples, everything=not held)
+        shifts = _bias_shifts(model, trial, seen)
+        corrected = f"{best} + bias correction"
+        scores[corrected] = _score(apply_plan(model, replace(trial, bias_shifts=shifts)), inputs, wanted)
+        plan = self._assemble(model, decision, seen, best, data.samples, scores=scores)
+        if scores[corrected]["agreement"] >= close and scores[corrected]["sqnr_db"] > scores[best]["sqnr_db"]:
+            plan = replace(plan, bias_shifts=_bias_shifts(model, plan, seen))
+        return plan
 
     def _assemble(
         self,
@@ -151,7 +165,36 @@ def weight_scales(weight: Array, axis: int, limit: int, input_scale: float, bias
     # input scale times weight scale must stay a normal float32
     scales = np.maximum(scales, 2.0**-120 / input_scale)
     scales[(largest == 0) & (scales <= 2.0**-119 / input_scale)] = 1.0
-    return scales.astype(np.float32)
+    rounded: Array = scales.astype(np.float32)
+    return rounded
+
+
+def _multiplied(model: ir.Model) -> frozenset[str]:
+    """Inputs of the nodes whose bias can be corrected: channels on axis 1."""
+    nodes = [n for n in model.graph if n.op_type in {"Conv", "Gemm"} and n.inputs and n.inputs[0] is not None]
+    return frozenset(n.inputs[0].name or "" for n in nodes if n.inputs[0] is not None)
+
+
+def _bias_shifts(model: ir.Model, plan: QuantizationPlan, seen: dict[str, Observed]) -> dict[str, tuple[float, ...]]:
+    """Mean error that rounded weights leave per output channel, (W - Wq) E[x] (Nagel et al. 2019, section 4.2)."""
+    out: dict[str, tuple[float, ...]] = {}
+    for node in model.graph:
+        source = node.inputs[0] if node.inputs else None
+        found = seen.get(source.name or "") if source is not None else None
+        weight = plan.weights.get(node.name or "")
+        if weight is None or found is None or node.op_type not in {"Conv", "Gemm"} or not found.rows:
+            continue
+        array, bias = folded(node)
+        if bias is None:
+            continue
+        scales = np.array(weight.scales).reshape([-1 if a == weight.axis else 1 for a in range(array.ndim)])
+        error = np.moveaxis(array - quantize_weight(array, weight) * scales, weight.axis, 0)
+        per_input = error.reshape(*error.shape[:2], -1).sum(axis=2)  # [outputs, inputs of the group]
+        means = np.asarray(found.sums) / found.rows
+        group = np.arange(len(per_input)) * (len(means) // per_input.shape[1]) // len(per_input)
+        columns = group[:, None] * per_input.shape[1] + np.arange(per_input.shape[1])
+        out[node.name or ""] = tuple(float(s) for s in (per_input * means[columns]).sum(axis=1))
+    return out
 
 
 def _check_weights(model: ir.Model) -> None:
@@ -163,10 +206,7 @@ def _check_weights(model: ir.Model) -> None:
         for index in (1, 2) if weight_of(node) is not None else ():
             array = M.constant(node.inputs[index]) if len(node.inputs) > index else None
             if array is not None and not np.isfinite(array).all():
-                value = node.inputs[index]
-                raise NonFiniteError(
-                    f"Inf in the weights '{value.name if value else ''}'", "repair or retrain the model"
-                )
+                raise NonFiniteError(f"Inf in the weights of node '{node.name}'", "repair or retrain the model")
 
 
 def _unfit(model: ir.Model, decision: Decision, seen: dict[str, Observed]) -> dict[str, str]:
