@@ -42,9 +42,11 @@ def _target(document: summary.Document, target: str) -> list[str]:
     remarks = summary.remarks(document, target)
     if remarks:
         parts.append(_bullets(remarks))
-    for row in document["artifacts"]:
-        if row["target"] == target and row.get("layers"):
-            parts += [f"### Time per layer: {summary.candidate(row)}", _layers(row["layers"])]
+    profiled = {
+        summary.candidate(r): r["layers"] for r in document["artifacts"] if r["target"] == target and r["layers"]
+    }
+    for name, layers in profiled.items():
+        parts += [f"### Time per layer: {name}", _layers(layers)]
     return parts
 
 
@@ -59,16 +61,19 @@ def _layers(layers: list[Mapping[str, Any]]) -> str:
 
 
 def _conditions(document: summary.Document) -> list[str]:
-    data = document.get("dataset")
-    found = [summary.machine(document), f"test data: {summary.dataset(document)}" if data else "test data: none"]
-    return [f for f in found if f]
+    settings = ", ".join(f"{k} {v}" for k, v in (document.get("settings") or {}).items() if v is not None)
+    found = [summary.machine(document), f"test data: {summary.dataset(document)}"]
+    if document.get("taken"):
+        found.append(f"run {document.get('run')}, taken {document['taken']}")
+    return [*found, *([f"settings: {settings}"] if settings else [])]
 
 
 def _provenance(document: summary.Document) -> str:
     rows: dict[str, list[str]] = {}
     for row in document["artifacts"]:
-        rows[str(row["path"])] = [f"`{row['path']}`", f"`{str(row['sha256'])[:16]}`"]
-    return _table(["artifact", "sha256"], list(rows.values()), left=2)
+        runtime = f"{row['backend']} {row.get('runtime_version') or ''}".strip()
+        rows[str(row["path"])] = [f"`{row['path']}`", _cell(runtime), f"`{str(row['sha256'])[:16]}`"]
+    return _table(["artifact", "runtime", "sha256"], list(rows.values()), left=3)
 
 
 def _table(headings: list[str], rows: Iterable[list[str]], left: int) -> str:

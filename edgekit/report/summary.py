@@ -27,6 +27,7 @@ _QUALITY = (
 )
 # Warned of because a user who reads only the table would be misled.
 _SMALL_TEST_SET = 100
+_NOT_SHOWN = ("p90 needs", "p99 needs")
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ HEADINGS: Mapping[str, str] = {
     "candidate": "candidate",
     "threads": "threads",
     "p50": "p50 ms",
-    "ratio": "× best float32 [95 %]",
+    "ratio": "× float32 [95 %]",
     "quality": "accuracy",
     "delta": "Δ",
-    "agreement": "agrees with float",
+    "agreement": "agrees",
     "sqnr": "SQNR dB",
     "size": "size",
     "load": "load ms",
@@ -64,8 +65,9 @@ HEADINGS: Mapping[str, str] = {
 }
 
 LEGEND = (
-    "× best float32: this p50 over that of the fastest float32 candidate, below 1 is faster, with its 95 % interval; "
-    "Δ: to the float32 model, in points; agrees with float: same top-1; parity: int8, largest difference of one "
+    "× float32: this p50 over that of the fastest float32 candidate with as many threads, below 1 is faster, with its "
+    "95 % interval; "
+    "Δ: to the float32 model, in points; agrees: same top-1 as float; parity: int8, largest difference of one "
     "operator from the exact integer reference on the reference's own inputs, and label agreement end to end; "
     "float, largest difference from the original, relative"
 )
@@ -167,12 +169,17 @@ def parity(record: Mapping[str, Any] | None) -> str:
 
 
 def remarks(document: Document, target: str) -> list[str]:
-    """What a reader must know of single candidates: why a figure is missing, notes on stability; repeated ones once."""
+    """What a reader must know of single candidates: why a figure is missing, notes on stability; repeated ones once.
+
+    Reasons for percentiles that the table does not show are left out.
+    """
     told: dict[str, list[str]] = {}
     for row in document["artifacts"]:
         if row["target"] != target:
             continue
         for text in (*row.get("reasons", ()), *row.get("notes", ())):
+            if str(text).startswith(_NOT_SHOWN):
+                continue
             names = told.setdefault(str(text), [])
             if candidate(row) not in names:
                 names.append(candidate(row))
@@ -183,7 +190,7 @@ def warnings(document: Document) -> list[str]:
     """What limits the trust in the whole document, worst first."""
     found = [str(w) for w in document.get("warnings") or ()]
     found += [str(w) for w in (document.get("machine") or {}).get("warnings") or ()]
-    if document.get("quick"):
+    if (document.get("settings") or {}).get("quick"):
         found.append("quick run: few samples, the intervals are wide")
     dataset = document.get("dataset")
     if dataset is None:
@@ -195,8 +202,7 @@ def warnings(document: Document) -> list[str]:
 
 def machine(document: Document) -> str:
     """One line: CPU, cores, instruction sets, system, and its state before measuring."""
-    known = document.get("machine") or {}
-    facts = known.get("facts") or known
+    facts = known = document.get("machine") or {}
     before, after = known.get("before") or {}, known.get("after") or {}
     parts = [_text(facts.get("cpu")), f"{_text(facts.get('cores_allowed') or facts.get('cores_physical'))} cores"]
     parts += [" ".join(facts.get("isa") or ()) or "instruction sets unknown", _text(facts.get("os"))]
@@ -231,7 +237,8 @@ def significant(value: float, digits: int = 3) -> str:
     """Without an exponent: 0.0123, 1.23, 1230."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+    exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of the rounded value: 999.9 is 1.00e3
+    return f"{value:.{max(0, digits - 1 - exponent)}f}"
 
 
 def size(count: float | None) -> str:

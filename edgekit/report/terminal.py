@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 _PIPED_WIDTH = 140  # the whole table, when no terminal limits it
 # Left out one after another in a terminal that is too narrow for the whole table.
-_DISPENSABLE = ("load", "rss", "sqnr", "parity", "size", "delta")
+_DISPENSABLE = ("load", "rss", "sqnr", "parity", "size", "delta", "agreement", "threads", "quality")
+_UNLIMITED = 1000
 
 
 def console() -> Console:
@@ -38,36 +39,28 @@ def render_terminal(document: summary.Document, out: Console) -> None:
     summary.check(document)
     for target in summary.targets(document):
         out.print(f"{target}: {summary.verdict(document, target)}.", style="bold")
-        out.print(_bench_table(document, target, out.width))
+        out.print(_bench_table(document, target, out))
         _list(out, summary.remarks(document, target), "dim")
     _list(out, (f"warning: {w}" for w in summary.warnings(document)), "yellow")
     out.print(f"measured on {summary.machine(document)}; test data: {summary.dataset(document)}", style="dim")
 
 
-def _bench_table(document: summary.Document, target: str, width: int) -> Table:
+def _bench_table(document: summary.Document, target: str, out: Console) -> Table:
+    """The widest table that fits."""
     headings = summary.headings(document, target)
     lines = summary.lines(document, target)
-    for name in _DISPENSABLE:
-        if _width(headings, lines) <= width:
+    for name in (*_DISPENSABLE, None):
+        table = _table()
+        for column, title in headings.items():
+            table.add_column(title, justify="left" if column == "candidate" else "right", no_wrap=True)
+        for line in lines:
+            cells = [getattr(line, column) for column in headings]
+            cells[0] = ("→ " if line.ships else "  ") + cells[0]
+            table.add_row(*cells, style="bold green" if line.ships else None)
+        if name is None or table.__rich_measure__(out, out.options.update(max_width=_UNLIMITED)).maximum <= out.width:
             break
         del headings[name]
-    table = _table()
-    for name, title in headings.items():
-        table.add_column(title, justify="left" if name == "candidate" else "right", no_wrap=name != "parity")
-    for line in lines:
-        cells = [getattr(line, name) for name in headings]
-        cells[0] = ("→ " if line.ships else "  ") + cells[0]
-        table.add_row(*cells, style="bold green" if line.ships else None)
     return table
-
-
-def _width(headings: Mapping[str, str], lines: Iterable[summary.Line]) -> int:
-    """Columns the table takes; headings may wrap at spaces."""
-    total = 0
-    for name, title in headings.items():
-        widest = max([len(word) for word in title.split()] + [len(getattr(line, name)) for line in lines])
-        total += widest + 2 + (2 if name == "candidate" else 0)
-    return total
 
 
 def print_convert(result: Mapping[str, Any], out: Console | None = None) -> None:
@@ -171,7 +164,7 @@ def _table(*, header: bool = True) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    return Table(box=SIMPLE_HEAD if header else None, show_header=header, pad_edge=False, padding=(0, 1))
+    return Table(box=SIMPLE_HEAD if header else None, show_header=header, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def _list(out: Console, items: Iterable[str], style: str) -> None:
