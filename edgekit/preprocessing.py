@@ -1,0 +1,321 @@
+"""What is done to raw samples before the model sees them, as data that can be printed, saved and compared.
+
+Order, always the same: resize, centre crop, channel order, scale, mean and std, layout. With x the raw sample the model
+gets `(x * scale - mean) / std`. Geometry and channel order apply to images only: samples of shape (h, w), (h, w, c) or
+(c, h, w) with c of 1, 3 or 4. Everything else gets scale, mean and std alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+
+from edgekit.errors import DatasetError, MissingExtraError, ShapeError
+
+Array = np.ndarray[Any, Any]
+Method = Literal["bilinear", "nearest", "bicubic"]
+ChannelOrder = Literal["RGB", "BGR"]
+Layout = Literal["NHWC", "NCHW"]
+
+FILE_NAME = "preprocessing.toml"
+_CHANNELS = (1, 3, 4)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """A declared preprocessing; the default does nothing.
+
+    resize: (height, width), or one int: the length of the shorter side, ratio kept (torchvision's Resize).
+    method: how to resize; pillow's filters, which smooth when they shrink.
+    crop: (height, width) of the centre, rounded up and left (Keras' CenterCrop).
+    channel_order: what the model takes; data are RGB. None and "RGB" change nothing, "BGR" flips the channels.
+    scale: multiplier, e.g. 1/255.   mean, std: one number, or one per channel (per feature where no image).
+    layout: what the model takes. None leaves the samples as they are stored (image files: NHWC).
+    """
+
+    resize: tuple[int, int] | int | None = None
+    method: Method = "bilinear"
+    crop: tuple[int, int] | None = None
+    channel_order: ChannelOrder | None = None
+    scale: float | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    layout: Layout | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("resize", self.resize), ("crop", self.crop)):
+            sizes = value if isinstance(value, tuple) else () if value is None else (value,)
+            if (isinstance(value, tuple) and len(value) != 2) or any(s < 1 for s in sizes):
+                raise DatasetError(f"preprocessing {name} = {value}", "give height x width in pixels, such as 96x96")
+        for name, numbers in (("scale", self.scale), ("mean", self.mean), ("std", self.std)):
+            each = numbers if isinstance(numbers, tuple) else () if numbers is None else (numbers,)
+            if not all(math.isfinite(v) for v in each) or (name == "std" and 0 in each) or numbers == ():
+                raise DatasetError(f"preprocessing {name} = {numbers}", "give finite numbers, and a std that is not 0")
+
+    @property
+    def numeric(self) -> bool:
+        """True if values change (scale, mean or std), not only their places."""
+        return self.scale is not None or self.mean is not None or self.std is not None
+
+    @property
+    def geometric(self) -> bool:
+        """True if something is asked that only images have."""
+        return any(v is not None for v in (self.resize, self.crop, self.layout)) or self.channel_order == "BGR"
+
+    def apply(self, x: Array | Sequence[Array]) -> Array:
+        """x: (n, ...) of any numeric dtype, or a list of n samples of several sizes. Returns float32 (n, ...).
+
+        Raises ShapeError when a step does not fit the samples, MissingExtraError when resizing without pillow.
+        """
+        return self._layout(self.values(self.places(x, layout=False))).astype(np.float32, copy=False)
+
+    def places(self, x: Array | Sequence[Array], *, layout: bool = True) -> Array:
+        """Resize, crop, channel order and, unless told otherwise, layout; the dtype stays."""
+        samples = [self._spatial(s) for s in x] if self.resize is not None or self.crop is not None else x
+        stacked = _stack(samples)
+        if self.channel_order == "BGR":
+            axis = _channel_axis(stacked.shape[1:])
+            if axis is None or stacked.shape[axis] != 3:
+                raise ShapeError(
+                    f"channel order BGR asked for samples of shape {stacked.shape[1:]}", "drop --channel-order"
+                )
+            stacked = np.flip(stacked, axis)
+        return self._layout(stacked) if layout else stacked
+
+    def values(self, x: Array) -> Array:
+        """Scale, mean and std; float32 (n, ...) of the same shape, or `x` itself when none is asked."""
+        if not self.numeric:
+            return x
+        out = x.astype(np.float32)
+        if self.scale is not None:
+            out *= np.float32(self.scale)
+        if self.mean is not None:
+            out -= _per_channel("mean", self.mean, out.shape)
+        if self.std is not None:
+            out /= _per_channel("std", self.std, out.shape)
+        return out
+
+    def _layout(self, x: Array) -> Array:
+        if self.layout is None or x.ndim == 3:  # (n, h, w): no channels to move
+            return x
+        axis = _channel_axis(x.shape[1:])
+        if axis is None:
+            raise ShapeError(f"layout {self.layout} asked for samples of shape {x.shape[1:]}", "drop --layout")
+        return np.ascontiguousarray(np.moveaxis(x, axis, 1 if self.layout == "NCHW" else -1))
+
+    def _spatial(self, sample: Array) -> Array:
+        axis = None if sample.ndim == 2 else _channel_axis(sample.shape)
+        if sample.ndim != 2 and axis is None:
+            raise ShapeError(
+                f"resize or crop asked for samples of shape {sample.shape}, which are no images",
+                "drop --resize and --crop",
+            )
+        hwc = sample[..., None] if axis is None else np.moveaxis(sample, axis - 1, -1)
+        if self.resize is not None:
+            hwc = _resize(hwc, self.resize, self.method)
+        if self.crop is not None:
+            hwc = _crop(hwc, self.crop)
+        return hwc[..., 0] if axis is None else np.moveaxis(hwc, -1, axis - 1)
+
+    def merge(
+        self,
+        *,
+        resize: str | None = None,
+        crop: str | None = None,
+        scale: str | float | None = None,
+        mean: str | None = None,
+        std: str | None = None,
+        channel_order: str | None = None,
+        layout: str | None = None,
+    ) -> Preprocessing:
+        """A copy in which every given flag wins. Texts as typed: "96x96", "1/255", "0.5,0.4,0.3", "BGR", "NCHW"."""
+        given: dict[str, Any] = {}
+        if resize is not None:
+            given["resize"] = _size("resize", resize)
+        if crop is not None:
+            size = _size("crop", crop)
+            given["crop"] = (size, size) if isinstance(size, int) else size
+        if scale is not None:
+            given["scale"] = _number("scale", scale)
+        for name, text in (("mean", mean), ("std", std)):
+            if text is not None:
+                given[name] = tuple(_number(name, t) for t in text.split(","))
+        if channel_order is not None:
+            given["channel_order"] = _one_of("channel-order", channel_order.upper(), get_args(ChannelOrder))
+        if layout is not None:
+            given["layout"] = _one_of("layout", layout.upper(), get_args(Layout))
+        return replace(self, **given)
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Preprocessing:
+        """The inverse of `to_json`. Raises DatasetError on an unknown key or a value of the wrong kind."""
+        known = [f.name for f in fields(Preprocessing)]
+        for key in data:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"perhaps you meant '{near[0]}'" if near else "known keys: " + ", ".join(known)
+                raise DatasetError(f"preprocessing has an unknown key '{key}'", hint)
+        given = {k: _from_json(k, v) for k, v in data.items() if v is not None}
+        return Preprocessing(**given)
+
+    @staticmethod
+    def from_toml(path: Path) -> Preprocessing:
+        """Read a TOML whose keys are the fields, such as `resize = [96, 96]`, `scale = "1/255"`."""
+        try:
+            return Preprocessing.from_json(tomllib.loads(path.read_text(encoding="utf-8-sig")))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise DatasetError(f"cannot read preprocessing '{path}': {error}", "fix the TOML") from error
+        except DatasetError as error:
+            raise DatasetError(f"'{path}': {error.what}", error.remedy) from error
+
+    def describe(self) -> str:
+        """One line for a person: "resize 96x96 bilinear, scale 0.00392157, BGR"; "none" when nothing is done."""
+        words = []
+        if self.resize is not None:
+            size = f"shorter side {self.resize}" if isinstance(self.resize, int) else _by(self.resize)
+            words.append(f"resize {size} {self.method}")
+        if self.crop is not None:
+            words.append(f"crop {_by(self.crop)}")
+        if self.channel_order is not None:
+            words.append(self.channel_order)
+        if self.scale is not None:
+            words.append(f"scale {self.scale:.6g}")
+        for name, numbers in (("mean", self.mean), ("std", self.std)):
+            if numbers is not None:
+                words.append(f"{name} " + ",".join(f"{v:.6g}" for v in numbers))
+        if self.layout is not None:
+            words.append(self.layout)
+        return ", ".join(words) or "none"
+
+
+def find_file(data: Path) -> Path | None:
+    """The preprocessing file that belongs to `data`, if any.
+
+    First found of: DATA/preprocessing.toml (folders), DATA.toml, DATA with its suffix replaced by .toml,
+    preprocessing.toml in the same folder.
+    """
+    tries = [data / FILE_NAME] if data.is_dir() else []
+    tries += [data.with_name(data.name + ".toml"), data.with_suffix(".toml"), data.parent / FILE_NAME]
+    return next((p for p in tries if p.is_file()), None)
+
+
+def _channel_axis(sample: tuple[int, ...]) -> int | None:
+    """Axis of the channels in a batch (n, *sample), None if the samples are no images. NHWC wins where both fit."""
+    if len(sample) != 3:
+        return None
+    return 3 if sample[-1] in _CHANNELS else 1 if sample[0] in _CHANNELS else None
+
+
+def _per_channel(name: str, numbers: tuple[float, ...], shape: tuple[int, ...]) -> Array:
+    """The numbers as float32, shaped to broadcast against the channel axis (last axis for other samples)."""
+    values = np.asarray(numbers, np.float32)
+    if len(values) == 1:
+        return values
+    axis = _channel_axis(shape[1:]) or len(shape) - 1
+    if axis < 1 or shape[axis] != len(values):
+        raise ShapeError(
+            f"{name} has {len(values)} numbers, samples have shape {shape[1:]}", "give one number, or one per channel"
+        )
+    return values.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+
+
+def _stack(samples: Array | Sequence[Array]) -> Array:
+    if isinstance(samples, np.ndarray):
+        return samples
+    for i, sample in enumerate(samples):
+        if sample.shape != samples[0].shape:
+            raise ShapeError(
+                f"samples differ in shape: {samples[0].shape} and, {i} further on, {sample.shape}",
+                "pass --resize HxW (with the model's size), or --resize N --crop HxW",
+            )
+    return np.stack(samples)
+
+
+def _resize(x: Array, size: tuple[int, int] | int, method: Method) -> Array:
+    """x: (h, w, c). uint8 stays uint8 (rounded by pillow), anything else becomes float32."""
+    h, w = x.shape[:2]
+    if isinstance(size, int):
+        size = (size, int(size * w / h)) if h <= w else (int(size * h / w), size)
+    if (h, w) == size:
+        return x
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingExtraError("resizing needs pillow", "pip install 'edgekit[images]'") from error
+    filters = {
+        "bilinear": Image.Resampling.BILINEAR,
+        "nearest": Image.Resampling.NEAREST,
+        "bicubic": Image.Resampling.BICUBIC,
+    }
+    dtype = np.uint8 if x.dtype == np.uint8 else np.float32
+    if dtype == np.uint8 and x.shape[2] == 3:
+        whole = Image.fromarray(np.ascontiguousarray(x)).resize((size[1], size[0]), filters[method])
+        return cast(Array, np.asarray(whole))
+    planes = [
+        np.asarray(Image.fromarray(np.ascontiguousarray(x[..., c], dtype)).resize((size[1], size[0]), filters[method]))
+        for c in range(x.shape[2])
+    ]
+    return np.stack(planes, axis=-1)
+
+
+def _crop(x: Array, size: tuple[int, int]) -> Array:
+    h, w = x.shape[:2]
+    if size[0] > h or size[1] > w:
+        raise ShapeError(f"crop {_by(size)} is larger than a sample of {h}x{w}", "resize first, or crop less")
+    top, left = (h - size[0]) // 2, (w - size[1]) // 2
+    return x[top : top + size[0], left : left + size[1]]
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _size(name: str, text: str) -> tuple[int, int] | int:
+    try:
+        parts = [int(p) for p in text.lower().replace(",", "x").split("x")]
+    except ValueError:
+        parts = []
+    if len(parts) not in (1, 2):
+        raise DatasetError(f"--{name} {text}", "give height x width in pixels, such as 96x96")
+    return parts[0] if len(parts) == 1 else (parts[0], parts[1])
+
+
+def _number(name: str, text: str | float) -> float:
+    """A number or a fraction: 0.0039 or "1/255"."""
+    try:
+        if isinstance(text, str):
+            over, _, under = text.partition("/")
+            return float(over) / (float(under) if under else 1.0)
+        return float(text)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise DatasetError(f"preprocessing {name} = {text!r}", "give a number, or a fraction such as 1/255") from error
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> Any:
+    if value not in allowed:
+        raise DatasetError(f"preprocessing {name} = {value!r}", "one of " + ", ".join(allowed))
+    return value
+
+
+def _from_json(key: str, value: Any) -> Any:
+    if key in ("resize", "crop"):
+        whole = value if isinstance(value, list) else [value]
+        if isinstance(value, str) or not all(isinstance(v, int) and not isinstance(v, bool) for v in whole):
+            raise DatasetError(f"preprocessing {key} = {value!r}", "give [height, width]")
+        return tuple(whole) if isinstance(value, list) else (value, value) if key == "crop" else value
+    if key in ("mean", "std"):
+        return tuple(_number(key, v) for v in (value if isinstance(value, list) else [value]))
+    if key == "scale":
+        return _number(key, value)
+    allowed = {"method": Method, "channel_order": ChannelOrder, "layout": Layout}[key]
+    return _one_of(key, value, get_args(allowed))
