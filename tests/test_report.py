@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 from dataclasses import fields
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from edgekit.errors import ArtifactError
 from edgekit.report import summary
 from edgekit.report.markdown import render_markdown
+from edgekit.report.render import kind_of, render
 from edgekit.report.terminal import print_convert, print_doctor, print_inspection, render_terminal
 
 
@@ -289,3 +291,20 @@ def test_real_inspection_and_doctor_documents_print() -> None:
     assert "image: float32" in out.getvalue()
     print_doctor(examine(), console)
     assert "instruction sets" in out.getvalue()
+
+
+def test_the_files_name_decides_the_form(document: dict[str, Any]) -> None:
+    assert [kind_of(n) for n in (None, "r.md", "R.MD", "r.json", "r.txt", "r")] == [
+        "text", "md", "md", "json", "text", "text",
+    ]  # fmt: skip
+    with pytest.raises(ArtifactError, match=r"r\.pdf"):
+        kind_of("r.pdf")
+    with pytest.raises(ArtifactError, match="'pdf'"):
+        render(document, "pdf")
+
+
+def test_every_form_holds_the_same_document(document: dict[str, Any]) -> None:
+    assert json.loads(render(document, "json")) == document
+    assert render(document, "md") == render_markdown(document)
+    assert "\x1b" not in render(document, "text")
+    assert "0.37 [0.36, 0.38]" in render(document, "text")
