@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Iterable, Mapping
@@ -29,6 +30,15 @@ def console() -> Console:
 
 def print_document(document: summary.Document) -> None:
     render_terminal(document, console())
+
+
+def render_text(document: summary.Document) -> str:
+    """What the terminal shows, without colours; as wide as the terminal, or whole where there is none."""
+    from rich.console import Console
+
+    out = io.StringIO()
+    render_terminal(document, Console(file=out, width=console().width, markup=False, highlight=False, emoji=False))
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
 def render_terminal(document: summary.Document, out: Console) -> None:
