@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -73,8 +74,8 @@ def _feeds(model: onnx.ModelProto, node: ir.Node, values: list[Array | None]) ->
 
 
 def _in_order(node: ir.Node, outputs: list[Any]) -> list[Array]:
-    """Outputs placed at the node's positions; unnamed (unused) ones are skipped by the caller."""
-    rest = iter(outputs)
+    """Outputs placed at the node's positions, None where the node names none; numpy scalars become arrays."""
+    rest = iter([np.asarray(o) if isinstance(o, np.generic) else o for o in outputs])
     return [next(rest) if v.name else None for v in node.outputs]  # type: ignore[misc]
 
 
