@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from edgekit.bench import run as bench
 from edgekit.bench.document import document
 from edgekit.bench.run import Entry, run_bench
 from edgekit.bench.schedule import QUICK
+from edgekit.dataset import Dataset, open_dataset
 from edgekit.errors import ArtifactError, LabelError
 from edgekit.model import Signature, TensorSpec
 
@@ -34,51 +33,23 @@ ROW_KEYS = {
 LATENCY_KEYS = {"p50", "p90", "p99", "mean", "samples", "ratio_to_float", "ratio_ci95"}
 
 
-@dataclass(frozen=True)
-class Part:
-    inputs: dict[str, np.ndarray]
-    labels: np.ndarray | None
-    index: np.ndarray
-
-
-@dataclass(frozen=True)
-class Blobs:
-    """A labelled set in memory with the interface of edgekit.dataset.Dataset."""
-
-    x: np.ndarray
-    y: np.ndarray | None
-    name: str = "blobs"
-
-    @property
-    def samples(self) -> int:
-        return len(self.x)
-
-    @property
-    def labelled(self) -> bool:
-        return self.y is not None
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(self.x.tobytes()).hexdigest()
-
-    def batches(self, size: int) -> Iterator[Part]:
-        for i in range(0, len(self.x), size):
-            index = np.arange(i, min(i + size, len(self.x)))
-            yield Part({"x": self.x[index]}, None if self.y is None else self.y[index], index)
-
-    def take(self, n: int, seed: int = 0) -> Blobs:
-        return Blobs(self.x[:n], None if self.y is None else self.y[:n])
-
-    def bind(self, sig: Signature) -> Blobs:
-        return self
-
-
-def blobs(n: int = 75, labelled: bool = True) -> Blobs:
+@pytest.fixture
+def x() -> np.ndarray:
+    """Three clouds of points, float32 (75, 8)."""
     rng = np.random.default_rng(0)
-    y = rng.integers(0, CLASSES, n)
     centres = 2 * rng.standard_normal((CLASSES, FEATURES))
-    x = (centres[y] + rng.standard_normal((n, FEATURES))).astype(np.float32)
-    return Blobs(x, y if labelled else None)
+    return np.asarray(centres[np.arange(75) % CLASSES] + rng.standard_normal((75, FEATURES)), np.float32)
+
+
+@pytest.fixture
+def y() -> np.ndarray:
+    return np.arange(75) % CLASSES
+
+
+@pytest.fixture
+def data(tmp_path: Path, x: np.ndarray, y: np.ndarray) -> Dataset:
+    np.savez(tmp_path / "blobs.npz", x=x, y=y)
+    return open_dataset(tmp_path / "blobs.npz")
 
 
 def weights() -> np.ndarray:
@@ -127,12 +98,13 @@ def softmax(z: np.ndarray) -> np.ndarray:
     return e / e.sum(axis=1, keepdims=True)
 
 
-def test_the_document_holds_what_was_measured(entries: list[Entry], tmp_path: Path) -> None:
-    data = blobs()
+def test_the_document_holds_what_was_measured(
+    entries: list[Entry], tmp_path: Path, data: Dataset, x: np.ndarray, y: np.ndarray
+) -> None:
     path = tmp_path / "build" / "results.jsonl"
     stages: list[str] = []
     doc = run_bench(
-        entries, data, threads=(1, "all"), pace=PACE, results_path=path, progress=lambda s, d, t: stages.append(s)  # type: ignore[arg-type]
+        entries, data, threads=(1, "all"), pace=PACE, results_path=path, progress=lambda s, d, t: stages.append(s)
     )  # fmt: skip
     json.dumps(doc, allow_nan=False)
     counts = sorted({1, machine.physical_cores()})
@@ -155,9 +127,9 @@ def test_the_document_holds_what_was_measured(entries: list[Entry], tmp_path: Pa
     floats = [r for r in doc["artifacts"] if r["precision"] == "float32"]
     assert all(r["latency_s"]["ratio_to_float"] == 1.0 for r in floats)
     assert any(r["latency_s"]["ratio_to_best_float"] == 1.0 for r in floats)
-    expected = [softmax(data.x @ w) for w in (weights(), np.round(weights() * 16) / 16)]
+    expected = [softmax(x @ w) for w in (weights(), np.round(weights() * 16) / 16)]
     for row, outputs in ((floats[0], expected[0]), (doc["artifacts"][-1], expected[1])):
-        assert row["quality"]["accuracy"] == pytest.approx((outputs.argmax(1) == data.y).mean())
+        assert row["quality"]["accuracy"] == pytest.approx((outputs.argmax(1) == y).mean())
         assert row["quality"]["agreement_with_float"] == pytest.approx(
             (outputs.argmax(1) == expected[0].argmax(1)).mean()
         )
@@ -185,7 +157,9 @@ def test_absent_figures_have_reasons(entries: list[Entry]) -> None:
     assert doc["verdict"]["cpu"]["ship"] == "onnxruntime-float32"  # what was not compared does not ship
 
 
-def test_candidates_that_fail_are_rows_with_reasons_and_the_rest_goes_on(entries: list[Entry], tmp_path: Path) -> None:
+def test_candidates_that_fail_are_rows_with_reasons_and_the_rest_goes_on(
+    entries: list[Entry], tmp_path: Path, data: Dataset
+) -> None:
     build = tmp_path / "build" / "cpu"
     failing = [
         scripted(build / "loads-int8", entries[0], fail="load"),
@@ -194,11 +168,10 @@ def test_candidates_that_fail_are_rows_with_reasons_and_the_rest_goes_on(entries
         scripted(build / "nan-int8", entries[0], nan=True),
         replace(entries[1], backend="parity", problems=("parity: 3 LSB at conv_1",)),
     ]
-    doc = run_bench([*failing, *entries], blobs(), threads=(1,), pace=PACE)  # type: ignore[arg-type]
+    doc = run_bench([*failing, *entries], data, threads=(1,), pace=PACE)
     rows = {r["backend"]: r for r in doc["artifacts"] if r["precision"] == "int8"}
-    for name, word in (
-        ("loads", "no such operator"), ("runs", "bad shape"), ("dies", "kernel aborted"), ("nan", "NaN"), ("parity", "3 LSB"),
-    ):  # fmt: skip
+    said = {"loads": "no such operator", "runs": "bad shape", "dies": "kernel aborted", "nan": "NaN", "parity": "3 LSB"}
+    for name, word in said.items():
         assert not rows[name]["valid"]
         assert word in rows[name]["reasons"][0]
         assert rows[name]["latency_s"]["p50"] is None
@@ -214,32 +187,36 @@ def test_without_data_a_failure_is_found_while_timing(entries: list[Entry], tmp_
     assert "kernel aborted" in doc["artifacts"][1]["reasons"][0]
 
 
-def test_unlabelled_data_give_agreement(entries: list[Entry]) -> None:
-    doc = run_bench(entries, blobs(labelled=False), threads=(1,), pace=PACE)  # type: ignore[arg-type]
+def test_unlabelled_data_give_agreement(entries: list[Entry], tmp_path: Path, x: np.ndarray) -> None:
+    np.save(tmp_path / "x.npy", x)
+    doc = run_bench(entries, open_dataset(tmp_path / "x.npy"), threads=(1,), pace=PACE)
     quality = doc["artifacts"][1]["quality"]
     assert quality["accuracy"] is None
     assert quality["agreement_with_float"] > 0.8
     assert "accuracy needs labels" in doc["artifacts"][1]["reasons"]
 
 
-def test_labels_that_do_not_fit_stop_the_bench(entries: list[Entry], tmp_path: Path) -> None:
-    data = blobs()
-    assert data.y is not None
-    data.y[40] = 3
+def test_labels_that_do_not_fit_stop_the_bench(
+    entries: list[Entry], tmp_path: Path, x: np.ndarray, y: np.ndarray
+) -> None:
+    y = y.copy()
+    y[40] = 3
+    np.savez(tmp_path / "bad.npz", x=x, y=y)
     path = tmp_path / "results.jsonl"
-    with pytest.raises(LabelError, match="label 3 of sample 40"):
-        run_bench(entries, data, pace=PACE, results_path=path)  # type: ignore[arg-type]
+    with pytest.raises(LabelError, match="3"):
+        run_bench(entries, open_dataset(tmp_path / "bad.npz"), pace=PACE, results_path=path)
     assert not path.exists()
 
 
-def test_a_fixed_batch_is_kept_and_padding_is_not_counted(tmp_path: Path) -> None:
+def test_a_fixed_batch_is_kept_and_padding_is_not_counted(
+    tmp_path: Path, data: Dataset, x: np.ndarray, y: np.ndarray
+) -> None:
     entry = classifier(tmp_path / "build" / "cpu" / "onnxruntime-float32", weights(), batch=16)
-    data = blobs(75)  # 4 batches of 16 and one of 11
-    doc = run_bench([entry], data, threads=(1,), pace=PACE)  # type: ignore[arg-type]
+    doc = run_bench([entry], data, threads=(1,), pace=PACE)  # 75 samples: 4 batches of 16 and one of 11
     (row,) = doc["artifacts"]
     assert row["batch"] == 16
     assert row["quality"]["samples"] == 75
-    assert row["quality"]["accuracy"] == pytest.approx(((data.x @ weights()).argmax(1) == data.y).mean())
+    assert row["quality"]["accuracy"] == pytest.approx(((x @ weights()).argmax(1) == y).mean())
 
 
 def test_profile_adds_layers(entries: list[Entry]) -> None:
@@ -248,8 +225,8 @@ def test_profile_adds_layers(entries: list[Entry]) -> None:
     assert {"MatMul", "Softmax"} <= ops
 
 
-def test_sample_limit_and_batch(entries: list[Entry]) -> None:
-    doc = run_bench(entries, blobs(), threads=(1,), pace=PACE, sample_limit=20, batch=4)  # type: ignore[arg-type]
+def test_sample_limit_and_batch(entries: list[Entry], data: Dataset) -> None:
+    doc = run_bench(entries, data, threads=(1,), pace=PACE, sample_limit=20, batch=4)
     assert doc["dataset"]["samples"] == 20
     assert doc["artifacts"][0]["quality"]["samples"] == 20
     assert doc["artifacts"][0]["batch"] == 4
@@ -262,9 +239,9 @@ def test_targets_are_judged_apart(entries: list[Entry], tmp_path: Path) -> None:
     assert len(doc["artifacts"]) == 4
 
 
-def test_an_emulated_time_is_no_latency(entries: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_emulated_time_is_no_latency(entries: list[Entry], data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "emulation", lambda: "qemu-aarch64")
-    doc = run_bench(entries, blobs(), threads=(1,), pace=PACE)  # type: ignore[arg-type]
+    doc = run_bench(entries, data, threads=(1,), pace=PACE)
     for row in doc["artifacts"]:
         assert row["valid"]
         assert row["latency_s"]["p50"] is None

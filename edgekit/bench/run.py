@@ -103,14 +103,14 @@ def run_bench(
     counts = _thread_counts(threads)
     run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
     settings = {**asdict(pace), "seed": seed, "threads": counts}
-    if dataset is not None and sample_limit is not None:
-        dataset = dataset.take(sample_limit, seed)
     facts, before = machine.facts(), machine.state()
     warnings = machine.warnings_before(facts, before)
     found: list[Measurement] = []
     for target in dict.fromkeys(e.target for e in entries):
         own = [e for e in entries if e.target == target]
         data = None if dataset is None else dataset.bind(own[0].signature)
+        if data is not None and sample_limit is not None:
+            data = data.take(sample_limit, seed)
         judged = _judge(own, data, report)
         usable = [e for e in own if not (e.problems or judged[e.id].problems)]
         timed = [] if facts["emulated"] else _time(usable, data, counts, batch, pace, seed, report)
@@ -120,7 +120,7 @@ def run_bench(
         state["warnings"] = warnings + machine.warnings_after(before, after)
         part = _measurements(own, judged, timed, layers, counts, facts["emulated"])
         taken = datetime.now(UTC).isoformat(timespec="seconds")
-        name = None if dataset is None else _describe(dataset)
+        name = None if data is None else _describe(data)
         part = [replace(m, run=run_id, taken=taken, machine=state, settings=settings, dataset=name) for m in part]
         if results_path is not None:
             results.append(results_path, part)
