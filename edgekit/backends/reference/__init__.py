@@ -114,8 +114,8 @@ class Reference:
         exact = any(is_exact(v) for v in inputs)
         if op in _ANY_OPERAND and len(node.outputs) == 1 and (exact or _floats(inputs)):
             return _ANY_OPERAND[op](node, inputs)
-        if exact:
-            found = self._exact(op, node, inputs)
+        if exact or op == "Resize":
+            found = movement.resize(node, inputs) if op == "Resize" else self._exact(op, node, inputs)
             if found is not None:
                 return found
         outside: list[Value] = [values[name] for name in captured(node)]
@@ -133,8 +133,6 @@ class Reference:
             return movement.concat(node, inputs)
         if op == "Pad" and is_exact(inputs[0]):
             return movement.pad(node, inputs, self._runner(node))
-        if op == "Resize":
-            return movement.resize(node, inputs, self._runner(node))
         return None
 
     def _constant_or_exact(self, node: ir.Node, inputs: list[Value]) -> bool:

@@ -18,9 +18,12 @@ SLOW_IN_PYTHON = {"LSTM", "GRU", "RNN", "Resize", "Upsample", "NonMaxSuppression
 Runner = Callable[[list[Array | None]], list[Array]]
 
 
-def runner(node: ir.Node, opsets: Mapping[str, int]) -> Runner:
-    """A function from the node's inputs (explicit, then captured by its subgraphs) to its outputs."""
-    if node.domain not in ("", "ai.onnx") or node.op_type in SLOW_IN_PYTHON:
+def runner(node: ir.Node, opsets: Mapping[str, int], *, slow: bool = False) -> Runner:
+    """A function from the node's inputs (explicit, then captured by its subgraphs) to its outputs.
+
+    slow: ONNX's reference even for the operators that it loops over in Python; for tensors of a few elements.
+    """
+    if node.domain not in ("", "ai.onnx") or (node.op_type in SLOW_IN_PYTHON and not slow):
         return _onnxruntime(node, opsets)
     return _onnx_reference(node, opsets)
 
@@ -94,17 +97,21 @@ def _onnxruntime(node: ir.Node, opsets: Mapping[str, int]) -> Runner:
     """One-node session, opened when the input types are seen first."""
     import onnxruntime as ort
 
-    sessions: dict[tuple[tuple[str, str, int], ...], Any] = {}
+    sessions: dict[tuple[tuple[str, str, int, bytes], ...], Any] = {}
 
     def run(values: list[Array | None]) -> list[Array]:
         model = _model(node, opsets)
         feeds = _feeds(model, node, values)
-        key = tuple((n, str(v.dtype), v.ndim) for n, v in feeds.items())
+        # shape inference of Resize reads its parameters: they must be weights
+        fixed = {k: feeds.pop(k) for k in [n for n in list(feeds)[1:] if node.op_type in ("Resize", "Upsample")]}
+        key = tuple((n, str(v.dtype), v.ndim, b"") for n, v in feeds.items())
+        key += tuple((n, str(v.dtype), v.ndim, v.tobytes()) for n, v in fixed.items())
         if key not in sessions:
             del model.graph.input[:]
             for name, value in feeds.items():
                 code = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
                 model.graph.input.append(onnx.helper.make_tensor_value_info(name, code, [None] * value.ndim))
+            model.graph.initializer.extend(onnx.numpy_helper.from_array(v, n) for n, v in fixed.items())
             options = ort.SessionOptions()
             options.log_severity_level = 4
             options.intra_op_num_threads = 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgekit.backends.reference.fallback import Runner
-from edgekit.backends.reference.values import Array, Quantized, Real, Value, int_range, is_exact, real
+from edgekit.backends.reference.fallback import Runner, runner
+from edgekit.backends.reference.values import Array, Quantized, Real, Value, int_range, is_exact, plain, real
 
 # data comes in by the first input only; everything else is indices, shapes and axes
 MOVES = {
@@ -80,40 +80,51 @@ def _pad(x: Array, node: ir.Node, rest: list[Value], fill: Array) -> Array:
     return result
 
 
-def resize(node: ir.Node, inputs: list[Value], run: Runner) -> list[Value] | None:
+def resize(node: ir.Node, inputs: list[Value]) -> list[Value] | None:
     """Nearest and linear, axis by axis; None for what is not separable this way.
 
-    A ramp 0, 1, 2, … resized by the operator itself gives the input position of every output: its index for nearest,
+    A ramp 0, 1, 2, … resized by ONNX's own reference gives the input position of every output: its index for nearest,
     index and fraction for linear.
     """
-    mode = node.attributes.get_string("mode", "nearest")
-    plain_axes = not any(node.attributes.get_int(key, 0) for key in ("antialias", "exclude_outside"))
-    crops = node.attributes.get_string("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
-    if mode not in ("nearest", "linear") or not plain_axes or crops:
-        return None
+    get = node.attributes.get_string
+    mode = get("mode", "nearest")
+    special = node.attributes.get_int("antialias", 0) or get("keep_aspect_ratio_policy", "stretch") != "stretch"
+    crops = get("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
     x = inputs[0]
-    if not (isinstance(x, Quantized) and x.axis is None) and not is_exact(x):
+    known = is_exact(x) or (isinstance(x, np.ndarray) and x.dtype == np.float32)
+    if mode not in ("nearest", "linear") or special or crops or not known:
         return None
-    data = x.q if isinstance(x, Quantized) else real(x)
-    rest = [v if isinstance(v, np.ndarray) else None for v in inputs[1:]]
-    positions = [_positions(data.shape, axis, rest, run) for axis in range(data.ndim)]
-    if mode == "nearest":
-        for axis, at in enumerate(positions):
+    stored = isinstance(x, Quantized) and x.axis is None and mode == "nearest"
+    data = x.q if isinstance(x, Quantized) and stored else real(x)
+    for axis, at in _positions(node, inputs, data.shape).items():
+        if mode == "nearest":
             data = np.take(data, np.rint(at).astype(int), axis)
-        return [Quantized(data, x.scale, x.zero) if isinstance(x, Quantized) else Real(data)]
-    out = real(x)
-    for axis, at in enumerate(positions):
-        if len(at) != out.shape[axis] or not np.array_equal(at, np.arange(len(at))):
-            out = _interpolate(out, axis, at)
-    return [Real(out)]
+        else:
+            data = _interpolate(data, axis, at)
+    if isinstance(x, Quantized) and stored:
+        return [Quantized(data, x.scale, x.zero)]
+    return [Real(data) if is_exact(x) else data.astype(np.float32)]
 
 
-def _positions(shape: tuple[int, ...], axis: int, rest: list[Array | None], run: Runner) -> Array:
-    """Where along `axis` of the input each output index looks."""
-    ramp = np.arange(shape[axis], dtype=np.float32).reshape([-1 if a == axis else 1 for a in range(len(shape))])
-    out = run([np.ascontiguousarray(np.broadcast_to(ramp, shape)), *rest])[0]
-    positions: Array = np.moveaxis(out, axis, 0).reshape(out.shape[axis], -1)[:, 0].astype(np.float64)
-    return positions
+def _positions(node: ir.Node, inputs: list[Value], shape: tuple[int, ...]) -> dict[int, Array]:
+    """For every resized axis: where along the input each output index looks."""
+    axes = [a % len(shape) for a in node.attributes.get_ints("axes", ()) or range(len(shape))]
+    sizes = inputs[3] if len(inputs) > 3 else None
+    given = plain(sizes if sizes is not None else inputs[2])
+    attributes = {k: v for k, v in node.attributes.items() if k != "axes"}
+    which = "sizes" if sizes is not None else "scales"
+    names = ["ramp", "", which] if which == "scales" else ["ramp", "", "", which]
+    values = [ir.val(name) if name else None for name in names]
+    along = ir.Node("", "Resize", values, attributes.values(), outputs=[ir.val("out")], name=node.name)
+    run = runner(along, {"": 21}, slow=True)
+    found: dict[int, Array] = {}
+    for axis, amount in zip(axes, given, strict=True):
+        if amount == (1 if which == "scales" else shape[axis]):
+            continue
+        ramp = np.arange(shape[axis], dtype=np.float32)
+        operands = [ramp if n == "ramp" else np.asarray([amount], given.dtype) if n else None for n in names]
+        found[axis] = run(operands)[0].astype(np.float64)
+    return found
 
 
 def _interpolate(x: Array, axis: int, at: Array) -> Array:
