@@ -216,13 +216,10 @@ def test_the_example_cnn_by_hand() -> None:
 # Millions of MACs as published for MLPerf Tiny (Banbury et al. 2021); the figures are rounded, hence 2 %.
 @pytest.mark.slow
 @pytest.mark.parametrize(("file", "millions"), [("resnet8.h5", 12.5), ("vww_96.h5", 7.5), ("kws_saved_model", 2.7)])
-def test_published_macs(file: str, millions: float) -> None:
-    zoo = os.environ.get("EDGEKIT_ZOO")
-    if not zoo:
-        pytest.skip("EDGEKIT_ZOO is not set")
+def test_published_macs(file: str, millions: float, zoo: Path) -> None:
     if not os.environ.get("EDGEKIT_KERAS_PYTHON"):
         pytest.importorskip("tensorflow", reason="needs [keras] or EDGEKIT_KERAS_PYTHON")
     from edgekit import pipeline
 
-    found = pipeline.inspect(Path(zoo) / "models" / "mlperf_tiny" / file)
+    found = pipeline.inspect(zoo / "models" / "mlperf_tiny" / file)
     assert math.isclose(found["macs"], millions * 1e6, rel_tol=0.02)

@@ -156,7 +156,8 @@ def test_a_python_that_is_too_old_is_told_in_one_line(tmp_path: Path) -> None:
     """make with an interpreter that reports 3.10: a real shell script stands in for one that is not installed here."""
     old = tmp_path / "python3.10"
     old.write_text(
-        f'#!/bin/sh\nexec "{sys.executable}" -c "import sys; sys.version_info = (3, 10, 0); exec(sys.argv[1])" "$2"\n'
+        '#!/bin/sh\n[ "$1" = -V ] && { echo Python 3.10.0; exit; }\n'
+        f'exec "{sys.executable}" -c "import sys; sys.version_info = (3, 10, 0); exec(sys.argv[1])" "$2"\n'
     )
     old.chmod(0o755)
     done = subprocess.run(
@@ -164,7 +165,7 @@ def test_a_python_that_is_too_old_is_told_in_one_line(tmp_path: Path) -> None:
     )
     assert done.returncode != 0
     told = [line for line in done.stderr.splitlines() if not line.startswith("make")]
-    assert told == [f"error: {old} is Python 3.10 — edgekit needs 3.11, 3.12 or 3.13: make PYTHON=python3.12"]
+    assert told == [f"error: {old} is Python 3.10.0 — edgekit needs 3.11, 3.12 or 3.13: make PYTHON=python3.12"]
     assert not (tmp_path / "v").exists()
     done = subprocess.run(
         ["make", "demo", "PYTHON=no-such-python", f"VENV={tmp_path}/v"],
