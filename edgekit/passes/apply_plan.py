@@ -49,13 +49,13 @@ def apply_plan(model: ir.Model, plan: QuantizationPlan) -> ir.Model:
     for name in [*plan.quantized, *plan.weights, *plan.fused]:
         if name not in nodes:
             raise ArtifactError(f"the quantization plan names a node '{name}' that the model lacks", "plan it again")
-    for name, fate in plan.fused.items():
+    for name, fate in sorted(plan.fused.items()):
         if fate == "removed":
             _absorb(model.graph, nodes[name])
     writer = _Writer(model, plan)
-    for name, weight in plan.weights.items():  # before the activations: it reads the names of the inputs
+    for name, weight in sorted(plan.weights.items()):  # before the activations: it reads the names of the inputs
         writer.weigh(nodes[name], weight)
-    for name, parameters in plan.activations.items():
+    for name, parameters in sorted(plan.activations.items()):  # a plan read from JSON may come in any order
         writer.activate(name, parameters)
     for name, value in list(model.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output() and not value.is_graph_input():

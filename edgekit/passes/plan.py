@@ -90,7 +90,7 @@ class QuantizationPlan:
 
     def to_json(self) -> str:
         """JSON text; `from_json` gives back an equal plan (floats are written so that they round-trip exactly)."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True, allow_nan=False)
+        return json.dumps(asdict(self), indent=1, allow_nan=False)
 
     @staticmethod
     def from_json(text: str) -> QuantizationPlan:
