@@ -14,7 +14,8 @@ from edgekit.demo import TARGET, digits, examples_dir, run_demo
 from edgekit.errors import ArtifactError
 from edgekit.target import load_target
 
-ACCURACY = json.loads((digits("digits_test.npz").parent / "training.json").read_text(encoding="utf-8"))
+TRAINING = Path(__file__).parent.parent / "examples" / "digits" / "training.json"
+ACCURACY = json.loads(TRAINING.read_text(encoding="utf-8"))
 
 
 def test_calibration_and_test_images_are_different_ones() -> None:
