@@ -136,8 +136,7 @@ def _cast(x: Array, spec: TensorSpec) -> Array:
             f"model input '{spec.name}' takes {dtype}, the data are {x.dtype} from {x.min():g} to {x.max():g}",
             "give whole numbers in its range",
         )
-    out: Array = x.astype(dtype)
-    return out
+    return x.astype(dtype)
 
 
 def output_classes(sig: Signature) -> int | None:
@@ -171,7 +170,7 @@ def class_labels(labels: Array, rule: LabelRule, index: Array) -> Array:
                 f"the label of sample {int(index[int(np.argmin(good))])} is not one-hot, as those before it are",
                 "give one class per sample",
             )
-        return np.argmax(labels, axis=-1).astype(np.int64)
+        return np.asarray(np.argmax(labels, axis=-1), np.int64)
     if labels.dtype.kind in "biu":
         return labels.astype(np.int64)
     if rule == "whole":

@@ -1,8 +1,8 @@
 """Looks for a simple change of the preprocessing that raises accuracy strongly: the commonest mistake with a model.
 
-Scale, mean and std are tried first, then channel order and the order of flattening on top of the best of them, because
-a wrong scale hides everything else. A change is named only when it is worth it and no accident: 10 points or more, and
-a McNemar test on the same samples.
+Every scale is tried with every channel order (and order of flattening), because one mistake hides another. All are
+screened on a few samples, the best judged on more. A change is named only when it is worth it and no accident: 10
+points or more, and a McNemar test on the same samples; of two that are equally good the simpler is named.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekit.binding import output_classes
-from edgekit.preprocessing import Preprocessing
+from edgekit.preprocessing import Layout, Preprocessing
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -30,6 +30,8 @@ MIN_GAIN = 0.10  # of accuracy: below it a change is tuning, not a mistake
 MAX_CHANCE = 0.01  # of calling noise a gain, over all changes tried together
 _SAME = 0.02  # accuracies closer than this are one: the simpler change is named
 _MIN_SAMPLES = 20
+_SCREEN = 64
+_FINALISTS = 4
 
 # Mean and std of ImageNet's training images in [0, 1], RGB: torchvision's published constants.
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -42,7 +44,7 @@ class ProbeResult:
     """A preprocessing that does far better than the one declared.
 
     baseline, accuracy: top-1 before and after, on `samples` samples.   p: of the McNemar test, one-sided.
-    flags: what to pass on the command line.   tried: every preprocessing with its accuracy.
+    flags: what to pass on the command line.   tried: every preprocessing and its accuracy on the first few samples.
     """
 
     samples: int
@@ -82,25 +84,28 @@ def probe(
     index, labels = next(chosen.labels(chosen.samples))
     if labels.ndim != 1 or labels.dtype.kind != "i":
         return None
-    trial = _Trial(run, chosen, labels, classes, batch)
+    trial = _Trial(run, chosen, classes, batch)
     declared = dataset.preprocessing
     base = trial.right(declared)
     if base.mean() > 1 - MIN_GAIN:
         return None
-    limit = MAX_CHANCE / 16  # at most 8 numeric changes and 3 on top of each of two: Bonferroni
-    best = trial.search(declared, _is_rgb(chosen), _statistics(chosen), limit)
+    screen = _Trial(run, chosen.take(_SCREEN, seed), classes, batch)
+    choices = [declared, *_choices(declared, chosen)]
+    choices.sort(key=lambda how: len(flags(declared, how)))  # simplest first; the sort is stable
+    ranked = sorted(choices, key=screen.accuracy, reverse=True)[:_FINALISTS]
+    best = _simplest(choices, {how: trial.accuracy(how) for how in ranked})
     right = trial.right(best)
     p = mcnemar(base, right)
-    if right.mean() - base.mean() < MIN_GAIN or p > limit:
+    if right.mean() - base.mean() < MIN_GAIN or p > MAX_CHANCE / len(choices):  # Bonferroni
         return None
     return ProbeResult(
-        len(index),
-        float(base.mean()),
-        float(right.mean()),
-        p,
-        best,
-        flags(declared, best),
-        tuple((how.describe(), float(r.mean())) for how, r in trial.known.items() if r.size),
+        samples=len(index),
+        baseline=float(base.mean()),
+        accuracy=float(right.mean()),
+        p=p,
+        preprocessing=best,
+        flags=flags(declared, best),
+        tried=tuple((how.describe(), screen.accuracy(how)) for how in choices),
     )
 
 
@@ -120,10 +125,8 @@ def probe_model(model: ir.Model, dataset: Dataset) -> str | None:
 class _Trial:
     """Runs the model on the same samples under one preprocessing after another, remembering each."""
 
-    def __init__(
-        self, run: Callable[[Tensors], Mapping[str, Array]], data: Dataset, labels: Array, classes: int, batch: int
-    ) -> None:
-        self._run, self._data, self._labels, self._classes, self._batch = run, data, labels, classes, batch
+    def __init__(self, run: Callable[[Tensors], Mapping[str, Array]], data: Dataset, classes: int, batch: int) -> None:
+        self._run, self._data, self._classes, self._batch = run, data, classes, batch
         self.known: dict[Preprocessing, Array] = {}
 
     def right(self, how: Preprocessing) -> Array:
@@ -132,11 +135,8 @@ class _Trial:
 
         if how not in self.known:
             try:
-                predicted = np.concatenate(list(self._predict(how)))
-                self.known[how] = predicted == self._labels
+                self.known[how] = np.concatenate(list(self._predict(how)))
             except EdgekitError:
-                if not self.known:  # the declared one must fit
-                    raise
                 self.known[how] = np.zeros(0, bool)
         return self.known[how]
 
@@ -150,23 +150,14 @@ class _Trial:
             filled = {k: v[np.arange(self._batch) % count] for k, v in part.inputs.items()}
             outputs = self._run(filled)
             fits = [o for o in outputs.values() if o.ndim == 2 and o.shape[1] == self._classes]
-            yield _classes(fits[0] if fits else next(iter(outputs.values())).reshape(self._batch, -1))[:count]
+            scores = fits[0] if fits else next(iter(outputs.values())).reshape(self._batch, -1)
+            yield _classes(scores)[:count] == part.labels
 
-    def search(self, declared: Preprocessing, rgb: bool, seen: _Seen | None, limit: float) -> Preprocessing:
-        """The best preprocessing found; `declared` if nothing is better."""
-        numeric = [declared, *(_numbers(declared, seen) if seen is not None else ())]
-        ranked = sorted(numeric, key=self.accuracy, reverse=True)
-        best = self._simplest(numeric)
-        for start in dict.fromkeys([best, ranked[0], *ranked[1:2]]):
-            for change in _orders(start, rgb, seen is not None and seen.image):
-                gain = self.accuracy(change) - max(self.accuracy(start), self.accuracy(best))
-                if gain > _SAME and mcnemar(self.right(start), self.right(change)) < MAX_CHANCE:
-                    best = change
-        return best
 
-    def _simplest(self, choices: list[Preprocessing]) -> Preprocessing:
-        top = max(self.accuracy(c) for c in choices)
-        return next(c for c in choices if self.accuracy(c) >= top - _SAME)
+def _simplest(choices: list[Preprocessing], accuracy: dict[Preprocessing, float]) -> Preprocessing:
+    """The first of `choices` that is as good as the best."""
+    top = max(accuracy.values())
+    return next(c for c in choices if accuracy.get(c, 0.0) >= top - _SAME)
 
 
 @dataclass(frozen=True)
@@ -193,25 +184,30 @@ def _numbers(declared: Preprocessing, seen: _Seen) -> Iterator[Preprocessing]:
         yield how(2 * unit, (1.0,), None)
         if seen.image:
             yield how(None if unit == 1.0 else unit, *_IMAGENET)
-            yield replace(how(255.0 if unit == 1.0 else None, _CAFFE, None), channel_order="BGR")
     if seen.image or len(seen.mean) == 1:
         yield how(None, seen.mean, seen.std)
 
 
-def _orders(how: Preprocessing, rgb: bool, image: bool) -> Iterator[Preprocessing]:
+def _choices(declared: Preprocessing, data: Dataset) -> list[Preprocessing]:
+    """Everything that is worth a try, each once, without the declared one."""
+    seen = _statistics(data)
+    if seen is None:
+        return []
+    out = []
+    for how in (declared, *_numbers(declared, seen)):
+        out.append(how)
+        if seen.image:
+            out += _orders(how)
+    if seen.image and 16 < seen.high <= 255:
+        out.append(replace(declared, scale=None, mean=_CAFFE, std=None, channel_order="BGR"))
+    return [how for how in dict.fromkeys(out) if flags(declared, how)]
+
+
+def _orders(how: Preprocessing) -> Iterator[Preprocessing]:
     """The other channel order, the other order of flattening, and both."""
-    if not (rgb and image):
-        return
     other = replace(how, channel_order=None if how.channel_order == "BGR" else "BGR")
-    yield other
-    flipped = "NHWC" if how.layout == "NCHW" else "NCHW"
-    yield replace(how, layout=flipped)  # type: ignore[arg-type]
-    yield replace(other, layout=flipped)  # type: ignore[arg-type]
-
-
-def _is_rgb(data: Dataset) -> bool:
-    """True if a raw sample of the (one) input is an image of three channels."""
-    return _raw_shape(data)[-1:] == (3,) or (len(_raw_shape(data)) == 3 and _raw_shape(data)[0] == 3)
+    layout: Layout = "NHWC" if how.layout == "NCHW" else "NCHW"
+    yield from (other, replace(how, layout=layout), replace(other, layout=layout))
 
 
 def _raw_shape(data: Dataset) -> tuple[int, ...]:
