@@ -67,7 +67,8 @@ class Reference:
         remaining = self._reads()
         for node in self._model.graph:
             operands = [None if v is None else values[v.name or ""] for v in node.inputs]
-            results = self._compute(node, operands, values)
+            with np.errstate(all="ignore"):  # what matters is refused where it is quantized
+                results = self._compute(node, operands, values)
             for value, result in zip(node.outputs, results, strict=False):
                 if value.name:
                     values[value.name] = result
