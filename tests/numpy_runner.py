@@ -1,7 +1,7 @@
 """A runner without a runtime, to try the worker's protocol: one matrix product, and the ways in which runtimes fail.
 
 The folder holds behaviour.json: {"fail": "load" | "run" | "die" | "hang" | "", "shout": bool, "scale": float,
-"sleep_s": float, "nan": bool}.
+"sleep_s": float, "nan": bool, "output": name, "columns": int}.
 """
 
 import json
@@ -41,7 +41,11 @@ class Session:
             time.sleep(3600)
         time.sleep(self.behaviour["sleep_s"])
         scale = np.float32(np.nan if self.behaviour["nan"] else self.behaviour["scale"])
-        return {name + "_out": value * scale for name, value in inputs.items()}
+        columns = self.behaviour.get("columns")
+        return {
+            self.behaviour.get("output", name + "_out"): (value * scale)[..., :columns]
+            for name, value in inputs.items()
+        }
 
     def bind(self, inputs):
         return lambda: self.run(inputs)

@@ -75,6 +75,16 @@ def classifier(folder: Path, w: np.ndarray, batch: int | str = "n") -> Entry:
     return Entry(folder.parent.name, backend, precision, folder, runner, "0" * 64, size, sig)
 
 
+def renamed(entry: Entry, folder: Path) -> Entry:
+    """The same artifact with its output called otherwise."""
+    folder.mkdir(parents=True)
+    model = onnx.load(entry.path / "model.onnx")
+    model.graph.output[0].name = model.graph.node[-1].output[0] = "other"
+    onnx.save(model, folder / "model.onnx")
+    backend, _, precision = folder.name.partition("-")
+    return replace(entry, path=folder, backend=backend, precision=precision)
+
+
 def scripted(folder: Path, like: Entry, **behaviour: Any) -> Entry:
     """An artifact of the numpy runner, which fails as it is told."""
     folder.mkdir(parents=True)
@@ -165,12 +175,16 @@ def test_candidates_that_fail_are_rows_with_reasons_and_the_rest_goes_on(
         scripted(build / "loads-int8", entries[0], fail="load"),
         scripted(build / "runs-int8", entries[0], fail="run"),
         scripted(build / "dies-int8", entries[0], fail="die"),
-        scripted(build / "nan-int8", entries[0], nan=True),
+        scripted(build / "nan-int8", entries[0], nan=True, output="y", columns=CLASSES),
+        scripted(build / "wide-int8", entries[0], output="y"),
+        renamed(entries[0], build / "renames-int8"),
         replace(entries[1], backend="parity", problems=("parity: 3 LSB at conv_1",)),
     ]
     doc = run_bench([*failing, *entries], data, threads=(1,), pace=PACE)
     rows = {r["backend"]: r for r in doc["artifacts"] if r["precision"] == "int8"}
     said = {"loads": "no such operator", "runs": "bad shape", "dies": "kernel aborted", "nan": "NaN", "parity": "3 LSB"}
+    said["wide"] = "output 'y' has shape [32, 8], float's has [32, 3]"
+    said["renames"] = "output 'y' is missing"
     for name, word in said.items():
         assert not rows[name]["valid"]
         assert word in rows[name]["reasons"][0]

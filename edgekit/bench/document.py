@@ -127,6 +127,9 @@ def _latency(
         if fastest is None:
             row["reasons"].append(f"{key}: no float32 candidate was timed")
             continue
+        if among is floats and same and fastest == min(same, key=lambda i: _p50(summaries[i])):
+            found[key], found[interval] = found["ratio_to_float"], found["ratio_ci95"]
+            continue
         seed = int(timed[index].settings.get("seed", 0))
         ratio = ratio_of_medians(rounds[index], rounds[fastest], seed)
         found[key], found[interval] = ratio.value, [ratio.low, ratio.high]

@@ -125,11 +125,12 @@ def warnings_after(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 def emulation() -> str | None:
     """'qemu-…' when this process runs on an emulated CPU, else None."""
-    # An emulator answers for /proc/self itself; the path through `task` shows the host's view: the emulator.
-    name = _read(f"/proc/{os.getpid()}/task/{os.getpid()}/cmdline").split("\0")[0]
-    name = os.path.basename(name)
-    if name.startswith("qemu-"):
-        return name
+    # QEMU's user mode answers for /proc/self and /proc/PID itself; the path through `task` shows the kernel's view: the
+    # emulator. Its first word may be a name of binfmt_misc's, so the executable is looked at too.
+    task = f"/proc/{os.getpid()}/task/{os.getpid()}"
+    for path in (_link(f"{task}/exe"), _read(f"{task}/cmdline").split("\0")[0]):
+        if os.path.basename(path).startswith("qemu-"):
+            return os.path.basename(path)
     info = _read("/proc/cpuinfo")
     if platform.machine() in ("aarch64", "armv7l") and ("GenuineIntel" in info or "AuthenticAMD" in info):
         return "qemu-user"
@@ -146,6 +147,13 @@ def _read(path: str) -> str:
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read()
+    except OSError:
+        return ""
+
+
+def _link(path: str) -> str:
+    try:
+        return os.readlink(path)
     except OSError:
         return ""
 

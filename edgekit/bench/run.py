@@ -153,7 +153,7 @@ def _judge(entries: Sequence[Entry], data: Dataset | None, report: Progress) -> 
                 opened[entry.id] = (entry, worker, Meter())
             except WorkerError as error:
                 failed[entry.id] = error.what
-        for done, part in _batches(data, entries[0].signature, report):
+        for done, part in _batches(data, entries[0].signature):
             _judge_batch(part, opened, failed)
             report(f"quality {entries[0].target}", done, data.samples)
         judged = {e.id: _Judged({}, (), ()) for e in entries}
@@ -173,7 +173,7 @@ class _Part:
     count: int
 
 
-def _batches(data: Dataset, sig: Signature, report: Progress) -> Iterator[tuple[int, _Part]]:
+def _batches(data: Dataset, sig: Signature) -> Iterator[tuple[int, _Part]]:
     """(samples done so far, part): every part has the same batch size, as compiled models want."""
     size = batch_of(sig) or QUALITY_BATCH
     done = 0
@@ -194,10 +194,27 @@ def _judge_batch(part: _Part, opened: dict[str, tuple[Entry, Worker, Meter]], fa
             failed[key] = error.what
             del opened[key]
             continue
-        outputs = {n: v[: part.count] for n, v in outputs.items()}
+        problem = _unlike(outputs, [spec.name for spec in entry.signature.outputs], reference, part.count)
+        if problem is not None:
+            failed[key] = problem
+            del opened[key]
+            continue
+        # in the model's order, whatever the runtime's
+        outputs = {spec.name: outputs[spec.name][: part.count] for spec in entry.signature.outputs}
         if reference is None and entry.precision == "float32":
             reference = outputs
         meter.update(outputs, reference, part.labels, part.index)
+
+
+def _unlike(outputs: Tensors, wanted: Sequence[str], reference: Tensors | None, count: int) -> str | None:
+    """Why these outputs cannot be the model's: a name is missing, or a shape differs from float's; None if they can."""
+    for name in wanted:
+        if name not in outputs:
+            return f"output '{name}' is missing from the artifact; it has {', '.join(outputs)}"
+        shape = outputs[name][:count].shape
+        if reference is not None and shape != reference[name].shape:
+            return f"output '{name}' has shape {list(shape)}, float's has {list(reference[name].shape)}"
+    return None
 
 
 def _fill(array: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:

@@ -68,6 +68,8 @@ def ratio_of_medians(a: Rounds, b: Rounds, seed: int = 0) -> Ratio:
     Round i of both was taken in the same cycle, so what slowed the machine then slowed both; samples inside a round
     are not independent, so whole rounds are drawn (Kunsch 1989, with cycles as blocks).
     """
+    if a is b:
+        return Ratio(1.0, 1.0, 1.0)
     value = float(np.median(np.concatenate(list(a))) / np.median(np.concatenate(list(b))))
     cycles = min(len(a), len(b))
     thin_a, thin_b = _thin(a[:cycles]), _thin(b[:cycles])
