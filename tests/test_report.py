@@ -148,6 +148,19 @@ def test_a_reason_shared_by_several_is_told_once_and_unshown_percentiles_not_at_
     assert summary.remarks(document, "cpu") == ["onnxruntime-float32, onnxruntime-int8: two modes"]
 
 
+def test_a_remark_names_the_thread_count_it_is_about(document: dict[str, Any]) -> None:
+    document["artifacts"].append(int8(threads=4, notes=["two speeds"]))
+    assert summary.remarks(document, "cpu") == ["onnxruntime-int8 on 4 threads: two speeds"]
+    document["artifacts"][1]["notes"] = ["two speeds"]
+    assert summary.remarks(document, "cpu") == ["onnxruntime-int8: two speeds"]
+
+
+def test_equal_outputs_have_an_infinite_ratio(document: dict[str, Any]) -> None:
+    document["artifacts"][0]["reasons"].append("sqnr_db is infinite: the outputs equal the float model's")
+    assert [line.sqnr for line in summary.lines(document, "cpu")] == ["∞", "31.3"]
+    assert summary.remarks(document, "cpu") == []
+
+
 def test_a_regression_shows_its_own_figure(document: dict[str, Any]) -> None:
     for artifact, value in zip(document["artifacts"], (0.91234, 0.91), strict=True):
         artifact["quality"] = {"accuracy": None, "r2": value, "agreement_with_float": None, "sqnr_db": 30.0}

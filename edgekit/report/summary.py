@@ -6,7 +6,7 @@ Works on the document alone (schema 1, as `edgekit bench --json` prints it); a f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,9 @@ _QUALITY = (
 )
 # Warned of because a user who reads only the table would be misled.
 _SMALL_TEST_SET = 100
-_NOT_SHOWN = ("p90 needs", "p99 needs")
+_INFINITE = "sqnr_db is infinite"
+# Percentiles that the table does not show, and what its SQNR column says by itself.
+_NOT_SHOWN = ("p90 needs", "p99 needs", _INFINITE)
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def _line(
         quality=NONE if own is None else f"{factor * own:.{digits}f}{percent}",
         delta=NONE if delta is None else signed(factor * delta, digits),
         agreement=percentage(quality.get("agreement_with_float")),
-        sqnr=NONE if quality.get("sqnr_db") is None else f"{quality['sqnr_db']:.1f}",
+        sqnr=_sqnr(quality, row.get("reasons", ())),
         size=size(row.get("size_bytes")),
         load=milliseconds(row.get("load_s")),
         rss=size(row.get("peak_rss_bytes")),
@@ -144,6 +146,12 @@ def _line(
 
 def candidate(row: Mapping[str, Any]) -> str:
     return f"{row['backend']}-{row['precision']}"
+
+
+def _sqnr(quality: Mapping[str, Any], reasons: Iterable[str]) -> str:
+    if quality.get("sqnr_db") is not None:
+        return f"{quality['sqnr_db']:.1f}"
+    return "∞" if any(r.startswith(_INFINITE) for r in reasons) else NONE
 
 
 def _ratio(latency: Mapping[str, Any]) -> str:
@@ -174,16 +182,22 @@ def remarks(document: Document, target: str) -> list[str]:
     Reasons for percentiles that the table does not show are left out.
     """
     told: dict[str, list[str]] = {}
-    for row in document["artifacts"]:
-        if row["target"] != target:
-            continue
+    rows = [a for a in document["artifacts"] if a["target"] == target]
+    for row in rows:
         for text in (*row.get("reasons", ()), *row.get("notes", ())):
             if str(text).startswith(_NOT_SHOWN):
                 continue
             names = told.setdefault(str(text), [])
-            if candidate(row) not in names:
-                names.append(candidate(row))
-    return [f"{', '.join(names)}: {text}" for text, names in told.items()]
+            names.append(_place(row, [r for r in rows if text in (*r.get("reasons", ()), *r.get("notes", ()))], rows))
+    return [f"{', '.join(dict.fromkeys(names))}: {text}" for text, names in told.items()]
+
+
+def _place(row: Mapping[str, Any], alike: list[Mapping[str, Any]], rows: list[Mapping[str, Any]]) -> str:
+    """The candidate, with its threads where the remark does not hold for all its thread counts."""
+    name = candidate(row)
+    if sum(candidate(r) == name for r in alike) == sum(candidate(r) == name for r in rows):
+        return name
+    return f"{name} on {row.get('threads')} thread{'s' if row.get('threads') != 1 else ''}"
 
 
 def warnings(document: Document) -> list[str]:
@@ -209,6 +223,7 @@ def machine(document: Document) -> str:
     for key, label, unit in (("load_1min", "load", ""), ("governor", "governor", ""), ("temperature_c", "", " °C")):
         if before.get(key) is not None:
             was, now = before[key], after.get(key)
+            was, now = (round(v, 2) if isinstance(v, float) else v for v in (was, now))
             change = f" → {now}" if now is not None and now != was else ""
             parts.append(f"{label} {was}{change}{unit}".strip())
     return ", ".join(p for p in parts if p != NONE)
