@@ -17,11 +17,13 @@ import onnx_ir as ir
 
 from edgekit import model as M
 from edgekit.backends.reference import Reference
+from edgekit.errors import ConversionMismatchError
 from edgekit.model import Tensors
 
 FED = "__fed"  # suffix of the graph inputs that take the reference's tensors
 READ = "__read"  # suffix of the graph outputs that are compared with them
 WORST = 10  # units that a record lists
+WRONG_SHAPE = 2**31  # LSB: what a tensor of another shape is said to be off by
 
 
 class Unreadable(Exception):
@@ -288,7 +290,7 @@ def check(
             except Unreadable as error:
                 unreadable = str(error)
         whole.add(expected, end_to_end(inputs))
-    skipped = loose.skipped if loose is not None else ()
+    skipped = (*(loose.skipped if loose is not None else ()), *tally.absent.items())
     if unreadable is not None:
         tally = _Tally()
         skipped = (*skipped, ("every operator", unreadable))
@@ -305,11 +307,15 @@ class _Tally:
 
     def __init__(self) -> None:
         self.rows: dict[str, tuple[int, int, int]] = {}
+        self.absent: dict[str, str] = {}
 
     def add(self, loose: Loose, expected: Tensors, got: Tensors) -> None:
         for output, tensor in loose.reads.items():
-            grid = loose.grids[tensor]
-            gap = np.abs(grid.stored(got[output]) - expected[tensor].astype(np.int64))
+            if output not in got:
+                self.absent[tensor] = "the runtime gave no such tensor"
+                continue
+            stored, want = loose.grids[tensor].stored(got[output]), expected[tensor].astype(np.int64)
+            gap = np.abs(stored - want) if stored.shape == want.shape else np.full(want.shape, WRONG_SHAPE)
             worst, equal, count = self.rows.get(tensor, (0, 0, 0))
             worst = max(worst, int(gap.max(initial=0)))
             self.rows[tensor] = (worst, equal + int((gap == 0).sum()), count + gap.size)
@@ -326,8 +332,7 @@ class _Whole:
 
     def add(self, expected: Tensors, got: Tensors) -> None:
         for name, grid in self.grids.items():
-            want, have = expected[name].astype(np.float64), got[name].astype(np.float64)
-            gap = float(np.abs(want - have).max(initial=0.0))
+            gap = _largest_gap(name, expected[name], got.get(name))
             self.max_abs = max(self.max_abs, gap)
             if grid is not None:
                 self.max_lsb = max(self.max_lsb or 0.0, gap / grid.scale)
@@ -335,6 +340,23 @@ class _Whole:
         if _classifies(want):
             equal = want.argmax(-1) == have.argmax(-1)
             self.same, self.labels = self.same + int(equal.sum()), self.labels + equal.size
+
+
+def _largest_gap(name: str, want: np.ndarray[Any, Any], have: np.ndarray[Any, Any] | None) -> float:
+    """max |want - have|; raises ConversionMismatchError where that has no meaning."""
+    problem = ""
+    if have is None:
+        problem = "is missing"
+    elif have.shape != want.shape:
+        problem = f"has shape {have.shape}, not {want.shape}"
+    else:
+        with np.errstate(invalid="ignore"):
+            gaps = np.abs(want.astype(np.float64) - have.astype(np.float64))
+        gaps[(want == have) | ((want != want) & (have != have))] = 0.0  # the same infinity, or NaN in both
+        if np.isfinite(gaps).all():
+            return float(gaps.max(initial=0.0))
+        problem = "is NaN or Inf where the reference is not"
+    raise ConversionMismatchError(f"the artifact's output '{name}' {problem}", "report it; use another backend")
 
 
 def _classifies(output: np.ndarray[Any, Any]) -> bool:

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgekit import model as M
 from edgekit import parity
 from edgekit.backends.reference import Reference, execute
+from edgekit.errors import ConversionMismatchError
 from edgekit.model import Tensors
 
 F32 = np.float32
@@ -260,6 +261,40 @@ def test_a_runtime_that_cannot_be_read_is_recorded():
     assert (record.units, record.per_op_max_lsb, record.fraction_equal) == (0, None, None)
     assert ("every operator", "takes no such model") in record.skipped
     assert record.label_agreement is not None  # end to end was still compared
+
+
+def test_another_shape_is_as_wrong_as_can_be():
+    model = quantized_net()
+    record = parity.check(model, altered("poolq", lambda y: y[:, None]), whole(model), batches())
+    assert record.per_op_max_lsb == parity.WRONG_SHAPE
+    assert record.worst[0].name == "pool"
+    assert record.worst[0].fraction_equal == 0.0
+
+
+def test_a_lost_tensor_is_listed_and_the_rest_compared():
+    def run(model: ir.Model, inputs: Tensors) -> Tensors:
+        out = execute(model, inputs)
+        del out[f"poolq{parity.READ}"]
+        return out
+
+    model = quantized_net()
+    record = parity.check(model, run, whole(model), batches())
+    assert record.skipped == (("poolq", "the runtime gave no such tensor"),)
+    assert (record.units, record.per_op_max_lsb) == (6, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda y: {"out": y * F32(np.nan)}, "NaN"),
+        (lambda y: {"out": y[:, :2]}, "shape"),
+        (lambda y: {"other": y}, "missing"),
+    ],
+)
+def test_an_artifact_that_cannot_be_compared_is_refused(change, says):
+    model = quantized_net()
+    with pytest.raises(ConversionMismatchError, match=says):
+        parity.check(model, execute, lambda inputs: change(execute(model, inputs)["out"]), batches())
 
 
 def test_a_float_tail_is_listed_as_skipped():
