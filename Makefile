@@ -12,7 +12,7 @@ help:
 	@echo "make demo    convert and measure a trained model on this CPU"
 	@echo "make test    run the tests        (TESTS=tests/test_x.py for some of them)"
 	@echo "make lint    ruff and mypy"
-	@echo "make clean   remove $(VENV), build/ and caches"
+	@echo "make clean   remove $(VENV), build/, edgekit-demo/ and caches"
 
 demo: $(VENV)/.has-openvino
 	@$(BIN)/edgekit demo
@@ -39,5 +39,5 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) .venv-keras build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-keras build edgekit-demo dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -45,7 +45,7 @@ def test_the_python_example_runs(checkout: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "onnxruntime-int8 made" in done.stdout
     assert "ship" in done.stdout
-    assert (checkout / "build" / "readme" / "report.md").read_text(encoding="utf-8").startswith("# edgekit report")
+    assert (checkout / "digits-report.md").read_text(encoding="utf-8").startswith("# edgekit report")
 
 
 @pytest.mark.parametrize("command", [c for c in commands(ROOT / "README.md") if c[1] in READ_ONLY], ids=" ".join)
