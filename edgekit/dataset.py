@@ -226,7 +226,7 @@ def open_dataset(
         reader = open_function(spec, label_column)
         return Dataset(spec, how, reader if labels is None else _with_labels(reader, labels, spec))
     path, key = _split(spec)
-    name = path.name + (f"#{key}" if key else "")
+    name = path.resolve().name + (f"#{key}" if key else "")
     return Dataset(name, how, _open(path, key, label_column, labels))
 
 

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgekit.dataset import Dataset, Preprocessing, check_labels, open_dataset, overlap, random_dataset, shared_ids
-from edgekit.errors import DatasetError, EdgekitError, LabelError, NonFiniteError, ShapeError
+from edgekit.errors import DatasetError, EdgekitError, LabelError, MissingExtraError, NonFiniteError, ShapeError
 from edgekit.model import Signature, TensorSpec
 
 RNG = np.random.default_rng(1)
@@ -458,6 +458,36 @@ def test_nan_names_the_sample(tmp_path: Path) -> None:
         whole(open_dataset(save(tmp_path / "d.npz", x=x)).bind(sig(("in", 3))))
 
 
+@pytest.mark.parametrize(("package", "file", "extra"), [("PIL", "f", "images"), ("pyarrow", "t.parquet", "tables")])
+def test_a_missing_extra_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, file: str, extra: str
+) -> None:
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "a.png").touch()
+    (tmp_path / "t.parquet").touch()
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError) as told:
+        whole(open_dataset(tmp_path / file))
+    assert told.value.remedy == f"pip install 'edgekit[{extra}]'"
+
+
+def test_tokens_of_the_zoo_score_what_they_should(zoo: Path) -> None:
+    """Its README gives 2.555 bits a character on all validation tokens; 256 windows are within 0.05 of it."""
+    ir = pytest.importorskip("onnx_ir")
+    from edgekit import model as M
+
+    model = ir.load(zoo / "models" / "gpt_char_tinyshakespeare.onnx")
+    session = M.FloatSession(model)
+    data = open_dataset(f"{zoo}/data/tinyshakespeare_tokens.npz#val").bind(M.signature(model)).take(256)
+    bits = []
+    for part in data.batches(64):
+        (scores,) = session.run(part.inputs).values()
+        assert part.labels is not None
+        logs = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+        bits.append(-np.take_along_axis(logs, part.labels[..., None], -1) / np.log(2))
+    assert abs(np.concatenate(bits).mean() - 2.555) < 0.05
+
+
 # --- memory ----------------------------------------------------------------------------------------
 MEMORY = """
 import sys
@@ -479,7 +509,6 @@ def test_memory_does_not_grow_with_the_samples(tmp_path: Path, form: str) -> Non
     if form == "parquet":
         pytest.importorskip("pyarrow")
     peak = {n: _peak(_large(tmp_path, form, n)) for n in (500, 10_000)}
-    print(form, peak)
     assert peak[10_000] <= 1.1 * peak[500], peak
 
 

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, Protocol
 
 import numpy as np
 
 from edgekit.errors import DatasetError
 from edgekit.readers import LABEL_KEYS, Array, Chunk, groups, reading, runs
 
-_DISCARD_BYTES = 1 << 20
+_DISCARD_BYTES = 1 << 16
 _KINDS = "biuf"  # numpy dtype kinds that a model can take
 
 
@@ -136,10 +136,15 @@ class _FortranRows:
             raise _truncated(column)
 
     def read(self, start: int, stop: int) -> Array:
-        c = self._column
-        # A fresh map per read: its pages leave this process's memory with it.
-        mapped = np.memmap(cast(Any, self._file), c.dtype, "r", self._offset, c.shape, "F")
-        return np.array(mapped[start:stop], dtype=c.dtype.newbyteorder("="), order="C")
+        # Plain reads, one per element of a sample: a map would count every page that the kernel maps around as ours.
+        c, rows = self._column, stop - start
+        elements = int(np.prod(c.shape[1:], dtype=np.int64))
+        buffer = np.empty((elements, rows), c.dtype)
+        with reading(c.path):
+            for element in range(elements):
+                self._file.seek(self._offset + (element * c.shape[0] + start) * c.dtype.itemsize)
+                buffer[element] = np.frombuffer(self._file.read(rows * c.dtype.itemsize), c.dtype)
+        return np.array(buffer.T.reshape((rows, *c.shape[1:]), order="F"), c.dtype.newbyteorder("="), order="C")
 
     def close(self) -> None:
         self._stack.close()
