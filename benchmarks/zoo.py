@@ -29,21 +29,24 @@ from edgekit.report.progress import progress_bar
 
 @dataclass(frozen=True)
 class Case:
-    """One model with its data; `scale` is the declared preprocessing; min_agreement is the bar for int8 against float."""
+    """One model with its data; `scale` and `mean` are its preprocessing; min_agreement is the bar for int8 against float."""
 
     model: str
     calibration: str
     test: str
-    scale: float | None
+    scale: str | None
+    mean: str | None
     min_agreement: float
 
 
 CASES = {
-    "resnet8": Case("mlperf_tiny/resnet8.h5", "cifar10_calib.npz", "cifar10_test.npz", None, 0.94),
-    "mobilenet_v2_onnx": Case("mobilenet_v2_cifar.onnx", "cifar10_calib.npz", "cifar10_test.npz", 1 / 255, 0.97),
-    "mobilenet_v2_keras": Case("mobilenet_v2_cifar.keras", "cifar10_calib.npz", "cifar10_test.npz", 1 / 255, 0.97),
-    "mlp_784": Case("mlp_784_mnist.onnx", "mnist_calib.npz", "mnist_test.npz", 1 / 255, 0.97),
-    "vww_96": Case("mlperf_tiny/vww_96.h5", "imagenet_photos_96.npz", "imagenet_photos_96.npz", 1 / 255, 0.97),
+    "resnet8": Case("mlperf_tiny/resnet8.h5", "cifar10_calib.npz", "cifar10_test.npz", None, None, 0.94),
+    "mobilenet_v2_onnx": Case("mobilenet_v2_cifar.onnx", "cifar10_calib.npz", "cifar10_test.npz", "1/127.5", "1", 0.97),
+    "mobilenet_v2_keras": Case(
+        "mobilenet_v2_cifar.keras", "cifar10_calib.npz", "cifar10_test.npz", "1/127.5", "1", 0.97
+    ),
+    "mlp_784": Case("mlp_784_mnist.onnx", "mnist_calib.npz", "mnist_test.npz", "1/255", None, 0.97),
+    "vww_96": Case("mlperf_tiny/vww_96.h5", "imagenet_photos_96.npz", "imagenet_photos_96.npz", "1/255", None, 0.97),
 }
 
 
@@ -59,7 +62,7 @@ def split(path: Path, part: str, folder: Path) -> Path:
 
 def run(name: str, zoo: Path, out: Path, quick: bool) -> dict[str, Any]:
     case = CASES[name]
-    preprocessing = Preprocessing(scale=case.scale) if case.scale else Preprocessing()
+    preprocessing = Preprocessing().merge(scale=case.scale, mean=case.mean)
     with progress_bar(enabled=True) as progress:
         began = time.perf_counter()
         converted = pipeline.convert(

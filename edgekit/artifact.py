@@ -163,6 +163,7 @@ def staged(root: Path, final: Path) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=f"{_STAGING}{os.getpid()}-", dir=root))
         try:
             yield folder
+            folder.chmod(final.parent.stat().st_mode if final.parent.exists() else 0o755)  # mkdtemp makes it private
             final.parent.mkdir(parents=True, exist_ok=True)
             if final.exists():
                 old = Path(tempfile.mkdtemp(prefix=f"{_STAGING}{os.getpid()}-", dir=root)) / "old"

@@ -88,6 +88,7 @@ def lower(model: ir.Model, precision: str, folder: Path) -> list[str]:
     if precision == "int8":
         model = with_uint8_activations(model)
     read, notes = _read(core, model)
+    _simplify(read)
     ov.save_model(read, str(folder / "model.xml"), compress_to_fp16=precision == "float16")
     return notes
 
@@ -113,6 +114,18 @@ def _read(core: Any, model: ir.Model) -> tuple[Any, list[str]]:
     raise UnsupportedOpError(
         f"OpenVINO cannot take this model: {_first_reason(failure, model)}", "leave this backend out"
     ) from failure
+
+
+def _simplify(read: Any) -> None:
+    """OpenVINO's own graph clean-up, as its convert_model runs it: QDQ pairs become one FakeQuantize each.
+
+    Halves an int8 IR (MobileNetV2 for CIFAR-10: 784 -> 424 kB). The module is not public API: without it the file is larger.
+    """
+    try:
+        from openvino._offline_transformations import apply_moc_transformations
+    except ImportError:
+        return
+    apply_moc_transformations(read, cf=False)
 
 
 def _keep_names(read: Any, sig: M.Signature) -> None:
