@@ -452,7 +452,7 @@ def networks(draw: st.DrawFn) -> tuple[Any, Array]:
         out = f"v{i}"
         if kind in {"conv", "depthwise"}:
             weights[f"w{i}"] = normal(4, 4 if kind == "conv" else 1, 3, 3, seed=seed + i, scale=0.4)
-            weights[f"b{i}"] = normal(4, seed=seed - i)
+            weights[f"b{i}"] = normal(4, seed=seed + 100 + i)
             group = 1 if kind == "conv" else 4
             nodes.append(node("Conv", [at, f"w{i}", f"b{i}"], [out], name=out, pads=[1, 1, 1, 1], group=group))
         elif kind == "relu":

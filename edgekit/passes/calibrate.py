@@ -90,6 +90,9 @@ def _percentile(counts: Array, edges: Array, low: float, high: float) -> tuple[f
     share = np.concatenate([[0.0], np.cumsum(counts) / counts.sum()])
     tail = (1 - PERCENTILE / 100) / 2
     cut_low, cut_high = float(np.interp(tail, share, edges)), float(np.interp(1 - tail, share, edges))
+    # a cut within two bins of the extreme is the histogram's own resolution (a bound such as Relu6's 6), not a tail
+    near = 2 * (edges[1] - edges[0])
+    cut_low, cut_high = (low if cut_low - low < near else cut_low), (high if high - cut_high < near else cut_high)
     # a side that touches 0 (after Relu) has no tail to cut
     return (low if low >= 0 else max(low, min(cut_low, 0.0))), (high if high <= 0 else min(high, max(cut_high, 0.0)))
 
@@ -129,10 +132,10 @@ class Feed:
 
 
 def feeds(sig: M.Signature, data: Dataset, batch_size: int) -> Iterator[Feed]:
-    """The dataset in file order, in the model's own batch size if that is fixed. NonFiniteError on NaN or Inf."""
+    """The bound dataset in file order, in the model's own batch size if that is fixed. NonFiniteError on NaN or Inf."""
     fixed = M.batch_of(sig)
     first = 0
-    for batch in data.bind(sig).batches(fixed or batch_size):
+    for batch in data.batches(fixed or batch_size):
         inputs = {spec.name: np.asarray(batch.inputs[spec.name]) for spec in sig.inputs}
         rows = len(next(iter(inputs.values())))
         for name, array in inputs.items():

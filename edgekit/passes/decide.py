@@ -144,6 +144,8 @@ def _str(node: ir.Node, name: str, default: str) -> str:
 # --- may this node be quantized at all? ------------------------------------------------------------------
 def refusal(node: ir.Node) -> str | None:
     """Why the node cannot compute on integers whatever its ranges are, or None."""
+    if node.outputs and all(v.dtype is not None and not v.dtype.is_floating_point() for v in node.outputs):
+        return "it computes no real numbers"
     if node.domain not in {"", "ai.onnx"} or node.op_type not in QUANTIZABLE:
         return f"{node.op_type} has no integer form"
     if not node.inputs or node.inputs[0] is None:
@@ -254,7 +256,7 @@ def _worthwhile(node: ir.Node, alive: Mapping[str, ir.Node], fused: Mapping[str,
         return producer in alive
     reads = [v for i in data_inputs(node) if (v := node.inputs[i]) is not None]
     from_integers = any((p := v.producer()) is not None and p.name in alive for v in reads)
-    readers = [(user.name in alive and i in data_inputs(user)) for v in node.outputs for user, i in v.uses()]
+    readers = [_reads(user, i, node, alive) for v in node.outputs for user, i in v.uses()]
     to_output = any(v.is_graph_output() for v in node.outputs)
     if node.op_type in LEADING and not from_integers:
         return bool(readers) and all(readers) and not to_output
@@ -263,6 +265,11 @@ def _worthwhile(node: ir.Node, alive: Mapping[str, ir.Node], fused: Mapping[str,
         # itself, wrongly for int8 at opset >= 21 ("output_dtype INT8 does not match y_zero_point type UINT8").
         return from_integers
     return from_integers and (to_output or any(readers))
+
+
+def _reads(user: ir.Node, position: int, node: ir.Node, alive: Mapping[str, ir.Node]) -> bool:
+    # a node inside a subgraph may bear the name of one outside
+    return user.name in alive and user.graph is node.graph and position in data_inputs(user)
 
 
 # --- which values -----------------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ class QuantizeInt8:
             )
         model = prepared(model)
         _check_weights(model)
+        data = data.bind(M.signature(model))  # may change what a sample is: tokens become windows
         forced = self._requested(model)
         held = held_back(data.samples, self.seed)
         seen = observe(
@@ -221,7 +222,7 @@ def _unfit(model: ir.Model, decision: Decision, seen: dict[str, Observed]) -> di
         results = [s for v in node.outputs if (s := _span(v, seen)) is not None]
         if any(s > HUGE for s in [*spans, *results]) and node.op_type != "MatMul":
             out[node.name or ""] = "its values are as good as infinite"
-        elif node.op_type in {"Add", "Sub"} and len(spans) == 2 and max(spans) > MASK_RATIO * min(spans):
+        elif node.op_type in {"Add", "Sub"} and len(spans) == 2 and max(spans) > MASK_RATIO * min(spans) > 0:
             out[node.name or ""] = (
                 f"its operands are {max(spans):.3g} and {min(spans):.3g} wide: one scale would lose the smaller"
             )
@@ -290,7 +291,14 @@ def _judging(
         size += sum(v.nbytes for v in picked.values())
         if size > JUDGE_BYTES or sum(len(next(iter(i.values()))) for i in inputs) >= 96:
             break
-    return inputs, [session.run(i) for i in inputs]
+    wanted = [session.run(i) for i in inputs]
+    for outputs in wanted:
+        for name, array in outputs.items():
+            if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+                raise NonFiniteError(
+                    f"NaN or Inf in output '{name}' of the float model", "run it on this data and repair what makes it"
+                )
+    return inputs, wanted
 
 
 def _score(quantized: ir.Model, inputs: list[M.Tensors], wanted: list[M.Tensors]) -> dict[str, float]:
