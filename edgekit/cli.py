@@ -119,18 +119,21 @@ _PREPROCESSING_FLAGS = ("resize", "crop", "scale", "mean", "std", "channel_order
 def _data_arguments(given: dict[str, Any]) -> dict[str, Any]:
     """Take the data options out of a command's arguments and turn them into what open_dataset wants."""
     flags = {k: given.pop(k) for k in _PREPROCESSING_FLAGS}
-    given["preprocessing"] = _preprocessing(given.pop("preprocessing"), flags)
+    given["preprocessing"] = _preprocessing(given.pop("preprocessing"), flags, given["data"])
     return given
 
 
-def _preprocessing(path: Path | None, flags: dict[str, Any]) -> Preprocessing | None:
+def _preprocessing(path: Path | None, flags: dict[str, Any], data: str | None) -> Preprocessing | None:
+    """The file named, or the one beside the data, with the flags on top; None where nothing was said."""
     chosen = {k: v for k, v in flags.items() if v is not None}
     if path is None and not chosen:
         return None
+    from edgekit.dataset import declared_preprocessing
     from edgekit.preprocessing import Preprocessing
 
-    base = Preprocessing.from_toml(path) if path is not None else Preprocessing()
-    return base.merge(**chosen)
+    if path is not None:
+        return Preprocessing.from_toml(path).merge(**chosen)
+    return (declared_preprocessing(data) if data is not None else Preprocessing()).merge(**chosen)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -22,6 +22,7 @@ from edgekit.target import PRECISIONS, CandidateSpec, Target, load_target
 
 if TYPE_CHECKING:
     from edgekit.dataset import Dataset
+    from edgekit.model import Signature
     from edgekit.preprocessing import Preprocessing
     from edgekit.sources import Source
 
@@ -209,11 +210,14 @@ def bench(
     """
     from edgekit.bench.results import RESULTS_FILE
     from edgekit.bench.run import run_bench
+    from edgekit.model import Signature
 
     root = artifact.check_build(Path(build))
     manifests = _manifests(root, _as_list(targets))
     recorded = next(iter(manifests.values())).preprocessing
     dataset = _open(data, preprocessing or _recorded(data, recorded), label_column, labels)
+    if dataset is not None:
+        _check_labels(dataset, Signature.from_json(next(iter(manifests.values())).signature))
     warnings = _data_warnings(dataset, manifests, progress)
     documents = []
     for name in dict.fromkeys(m.target for m in manifests.values()):
@@ -330,6 +334,20 @@ def _recorded(data: Any, recorded: Mapping[str, Any] | None) -> Preprocessing | 
     if find_file(Path(str(data).partition("#")[0])) is not None:
         return None
     return Preprocessing.from_json(recorded)
+
+
+def _check_labels(dataset: Dataset, sig: Signature) -> None:
+    """Class labels must be of the model's classes, and of more than one. Raises LabelError."""
+    from edgekit.binding import output_classes
+    from edgekit.dataset import check_labels
+
+    classes = output_classes(sig)
+    if not dataset.labelled or classes is None or classes < 2 or len(sig.outputs[0].shape) != 2:
+        return
+    bound = dataset.bind(sig)
+    _, first = next(iter(bound.labels()))
+    if first.dtype.kind == "i" and first.ndim == 1:
+        check_labels(bound, classes)
 
 
 def _data_warnings(

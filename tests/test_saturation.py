@@ -1,0 +1,80 @@
+"""Saturating u8×s8 kernels: real ones, by telling oneDNN (inside OpenVINO) to use no instruction newer than AVX2.
+
+On a CPU without VNNI nothing needs to be told. The integers are right or wrong on the same machine by one variable.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgekit import model as M
+
+from .models import MODELS
+
+pytest.importorskip("openvino", reason="needs openvino: pip install 'edgekit[openvino]'")
+if platform.machine() not in ("x86_64", "AMD64"):
+    pytest.skip("needs an x86 CPU: others have no saturating kernels", allow_module_level=True)
+
+PROBE = "from edgekit import backends; print(backends.get('openvino').saturates())"
+AVX2 = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+
+
+def test_the_probe_sees_a_kernel_that_saturates() -> None:
+    done = subprocess.run([sys.executable, "-c", PROBE], env=AVX2, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+
+
+@pytest.fixture
+def model_and_data(tmp_path: Path) -> Path:
+    """Weights at the end of their range and inputs at theirs, so that pairs of products do not fit in int16."""
+    model = M.clone(MODELS["mlp"]())
+    M.save(model, tmp_path / "m.onnx")
+    rng = np.random.default_rng(0)
+    x = rng.random((64, 12)).astype(np.float32)
+    x[:, :8] = 1.0
+    np.savez(tmp_path / "d.npz", x=x)
+    return tmp_path
+
+
+def convert(folder: Path, bits: str) -> dict[str, object]:
+    arguments = [
+        "convert",
+        "m.onnx",
+        "-t",
+        "openvino",
+        "--data",
+        "d.npz",
+        "-o",
+        f"b{bits}",
+        "--weight-bits",
+        bits,
+        "--json",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "edgekit", *arguments], cwd=folder, env=AVX2, capture_output=True, text=True, check=True
+    )
+    rows = json.loads(done.stdout)["artifacts"]
+    return next(r for r in rows if r["candidate"] == "openvino-int8")
+
+
+def test_auto_chooses_seven_bits_and_the_artifact_is_right(model_and_data: Path) -> None:
+    parity = convert(model_and_data, "auto")["parity"]
+    manifest = json.loads((model_and_data / "bauto/openvino/openvino-int8/manifest.json").read_text(encoding="utf-8"))
+    assert manifest["quantization"]["weight_bits"] == 7
+    assert parity["ok"]  # type: ignore[index]
+    assert parity["per_op_max_lsb"] <= 1  # type: ignore[index]
+
+
+def test_eight_bits_on_a_saturating_kernel_are_caught_and_never_called_valid(model_and_data: Path) -> None:
+    parity = convert(model_and_data, "8")["parity"]
+    assert not parity["ok"]  # type: ignore[index]
+    assert parity["per_op_max_lsb"] > 1  # type: ignore[index]
+    assert "LSB off the reference" in parity["reasons"][0]  # type: ignore[index]
