@@ -1,0 +1,117 @@
+"""The limits that edgekit promises, measured on this machine.
+
+    python benchmarks/limits.py            # start-up time and calibration memory
+    EDGEKIT_ZOO=path python benchmarks/limits.py   # also the time that converting resnet8 adds to importing Keras
+
+Start-up: median of 20 runs of `edgekit --help`, warm cache; promised under 0.150 s.
+Memory: peak resident memory of calibrating a small CNN on 10,000 samples against 500; promised at most 1.1×.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+CALIBRATE = """
+import sys
+from pathlib import Path
+from edgekit import sources
+from edgekit.dataset import open_dataset
+from edgekit.model import signature
+from edgekit.passes.fold import Fold
+from edgekit.passes.quantize import QuantizeInt8
+model = Fold()(sources.load(Path(sys.argv[1])).model, None)
+data = open_dataset(sys.argv[2]).bind(signature(model))
+QuantizeInt8()(model, data)
+status = Path("/proc/self/status").read_text()
+print(next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")))
+"""
+
+
+def startup() -> None:
+    seconds = []
+    for _ in range(20):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "edgekit", "--help"], capture_output=True, check=True)
+        seconds.append(time.perf_counter() - began)
+    print(f"edgekit --help: median {statistics.median(seconds) * 1e3:.0f} ms (promised < 150)")
+
+
+def small_cnn(path: Path) -> None:
+    rng = np.random.default_rng(0)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["x", "w"], ["c"], pads=[1, 1, 1, 1]),
+            helper.make_node("Relu", ["c"], ["r"]),
+            helper.make_node("GlobalAveragePool", ["r"], ["g"]),
+            helper.make_node("Flatten", ["g"], ["f"]),
+            helper.make_node("Gemm", ["f", "d"], ["y"]),
+        ],
+        "cnn",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, 32, 32])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 10])],
+        [
+            numpy_helper.from_array(rng.normal(size=(16, 3, 3, 3)).astype(np.float32), "w"),
+            numpy_helper.from_array(rng.normal(size=(16, 10)).astype(np.float32), "d"),
+        ],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+
+
+def calibration_memory(folder: Path) -> None:
+    small_cnn(folder / "cnn.onnx")
+    peaks = {}
+    for samples in (500, 10_000):
+        data = folder / f"{samples}.npz"
+        np.savez(data, x=np.random.default_rng(1).random((samples, 3, 32, 32), np.float32))
+        done = subprocess.run(
+            [sys.executable, "-c", CALIBRATE, str(folder / "cnn.onnx"), str(data)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peaks[samples] = int(done.stdout.split()[-1]) / 1024
+    ratio = peaks[10_000] / peaks[500]
+    print(
+        f"calibration peak: 500 samples {peaks[500]:.0f} MiB, 10,000 {peaks[10_000]:.0f} MiB: {ratio:.3f}× (promised ≤ 1.1)"
+    )
+
+
+def keras_import(zoo: Path, folder: Path) -> None:
+    python = os.environ.get("EDGEKIT_KERAS_PYTHON", sys.executable)
+    began = time.perf_counter()
+    done = subprocess.run([python, "-c", "import tensorflow, keras, tf2onnx"], capture_output=True, check=False)
+    if done.returncode:
+        print("convert resnet8.h5: not run, needs TensorFlow: pip install 'edgekit[keras]'")
+        return
+    keras_s = time.perf_counter() - began
+    began = time.perf_counter()
+    model, data = zoo / "models/mlperf_tiny/resnet8.h5", zoo / "data/cifar10_calib.npz"
+    command = [sys.executable, "-m", "edgekit", "convert", str(model), "--data", str(data), "-o", str(folder / "b")]
+    subprocess.run([*command, "--samples", "256"], capture_output=True, check=True)
+    total_s = time.perf_counter() - began
+    print(
+        f"convert resnet8.h5, 256 samples: {total_s:.1f} s, of which importing Keras {keras_s:.1f} s: "
+        f"adds {total_s - keras_s:.1f} s (promised < 20)"
+    )
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="edgekit-limits-") as name:
+        startup()
+        calibration_memory(Path(name))
+        if os.environ.get("EDGEKIT_ZOO"):
+            keras_import(Path(os.environ["EDGEKIT_ZOO"]), Path(name))
+
+
+if __name__ == "__main__":
+    main()
