@@ -1,0 +1,306 @@
+"""Keras 3 `.keras`, Keras 2 `.h5` and SavedModel folders as ONNX, with the original's own results.
+
+TensorFlow lives in a process of its own (`keras_worker.py`), in the Python that EDGEKIT_KERAS_PYTHON names or in this
+one. What can be refused without it is refused before it starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import onnx
+
+from edgekit import errors
+from edgekit.errors import DatasetError, EdgekitError, MissingExtraError, ModelFileError, ShapeError
+from edgekit.model import Signature, Tensors, TensorSpec, batch_of, seeded_inputs
+from edgekit.sources import keras_worker
+
+if TYPE_CHECKING:
+    from edgekit.dataset import Dataset
+
+PYTHON_VARIABLE = "EDGEKIT_KERAS_PYTHON"
+CHECK_SAMPLES = 16
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+_WORKER = Path(keras_worker.__file__)
+_EXIT_GRACE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A Keras model as ONNX.
+
+    proto: opset 18 as tf2onnx wrote it; inputs and outputs have the original's names, a free batch is called "batch".
+    inputs: the batches that the original was run on, by input name: float32 or integer, batch first.
+    outputs: the original's own results on them, by output name.
+    versions: of python, tensorflow, keras, tf2onnx.
+    """
+
+    proto: onnx.ModelProto
+    inputs: tuple[Tensors, ...]
+    outputs: tuple[Tensors, ...]
+    versions: dict[str, str]
+
+
+def convert(
+    path: Path,
+    kind: Literal["keras", "h5", "savedmodel"],
+    *,
+    shapes: Mapping[str, tuple[int, ...]],
+    trust: bool,
+    data: Dataset | None,
+    progress: Callable[[str], None],
+) -> Converted:
+    """Load, convert and run a Keras model in another process.
+
+    shapes: input name -> full shape for sizes the file leaves open; -1 keeps the batch open. trust: let code in the
+    file run. data: real samples to run the original on, if they fit; seeded ones otherwise.
+    Raises ModelFileError, UnsafeModelError, UnsupportedOpError, ShapeError, NonFiniteError, MissingExtraError.
+    """
+    check_file(path, kind, trust=trust)
+    with tempfile.TemporaryDirectory(prefix="edgekit-keras-") as folder, _Worker(path.name) as worker:
+        work = Path(folder)
+        worker.say(
+            {
+                "path": str(path.resolve()),
+                "kind": kind,
+                "trust": trust,
+                "shapes": {name: list(shape) for name, shape in shapes.items()},
+                "work": folder,
+            }
+        )
+        specs = worker.until("signature", progress)
+        batches = _batches(specs, data)
+        names = [_save(work / f"batch{i}.npz", specs, batch) for i, batch in enumerate(batches)]
+        worker.say({"batches": names})
+        done = worker.until("done", progress)
+        proto = onnx.load(str(work / done["model"]))
+        results = tuple(_load(work / name, done["names"]) for name in done["outputs"])
+    _shape_outputs(proto, batches, results)
+    return Converted(proto, tuple(batches), results, done["versions"])
+
+
+# --- before any process is started ----------------------------------------------------------------------------------
+def check_file(path: Path, kind: Literal["keras", "h5", "savedmodel"], *, trust: bool) -> None:
+    """Refuse what plainly is no model of that kind, and code or foreign classes in a .keras, by reading alone.
+
+    Raises ModelFileError, UnsafeModelError, UnsupportedOpError.
+    """
+    if kind == "keras":
+        config = _keras_config(path)
+        try:
+            keras_worker.scan_config(config, path.name, trust=trust)
+        except keras_worker.Refused as refused:
+            raise _as_error(refused.kind, refused.what, refused.remedy) from refused
+    elif kind == "h5":
+        with _reading(path), path.open("rb") as file:
+            head = file.read(len(_HDF5))
+        if head != _HDF5:
+            raise ModelFileError(f"'{path}' is no HDF5 file", "pass a Keras model saved as .h5")
+    elif not (path / "saved_model.pb").is_file():
+        raise ModelFileError(f"folder '{path}' is no SavedModel (it has no saved_model.pb)", "export the model again")
+
+
+def _keras_config(path: Path) -> Any:
+    """config.json of a .keras file whose members are all there and whole."""
+    again = "save or copy it again"
+    try:
+        with _reading(path), zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            for member in ("config.json", "metadata.json", "model.weights.h5"):
+                if member not in names:
+                    raise ModelFileError(
+                        f"'{path}' is a zip but no Keras file (it has no {member})",
+                        "save the model with model.save('model.keras')",
+                    )
+            damaged = archive.testzip()
+            if damaged is not None:
+                raise ModelFileError(f"'{path}' is damaged in {damaged}", again)
+            return json.loads(archive.read("config.json"))
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+        raise ModelFileError(f"'{path}' is truncated or no Keras file: {error}", again) from error
+    except (ValueError, RecursionError) as error:
+        raise ModelFileError(f"config.json in '{path}' is no JSON", again) from error
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ModelFileError(f"cannot read '{path}': {error.strerror or error}", "check the path") from error
+
+
+# --- what the original is run on ------------------------------------------------------------------------------------
+def _batches(specs: Sequence[Mapping[str, Any]], data: Dataset | None) -> list[Tensors]:
+    """Real samples, all together and one alone; without, seeded ones. One size only where the batch is fixed."""
+    sig = Signature(tuple(_spec(s) for s in specs), ())
+    fixed = batch_of(sig)
+    real = None if data is None else _real(sig, data, fixed or CHECK_SAMPLES)
+    if real is not None and (fixed is None or len(next(iter(real.values()))) == fixed):
+        return [real] if fixed is not None else [real, {name: value[:1] for name, value in real.items()}]
+    return [
+        {
+            s["name"]: seeded_inputs(Signature((_spec(s),), ()), size, seed=i, high=s["high"])[s["name"]]
+            for i, s in enumerate(specs)
+        }
+        for size in ((fixed,) if fixed is not None else (3, 1))
+    ]
+
+
+def _spec(given: Mapping[str, Any]) -> TensorSpec:
+    return TensorSpec(given["name"], given["dtype"], tuple("batch" if s is None else s for s in given["shape"]))
+
+
+def _real(sig: Signature, data: Dataset, samples: int) -> Tensors | None:
+    """Up to `samples` of the data, or None if they do not fit this model: whoever asked for them reports why."""
+    try:
+        for batch in data.bind(sig).take(samples).batches(samples):
+            return batch.inputs
+    except (DatasetError, ShapeError):
+        return None
+    return None
+
+
+def _save(path: Path, specs: Sequence[Mapping[str, Any]], batch: Tensors) -> str:
+    np.savez(path, **{f"t{i}": batch[s["name"]] for i, s in enumerate(specs)})  # type: ignore[arg-type]
+    return path.name
+
+
+def _load(path: Path, names: Sequence[str]) -> Tensors:
+    with np.load(path) as stored:
+        return {name: stored[f"t{i}"] for i, name in enumerate(names)}
+
+
+def _shape_outputs(proto: onnx.ModelProto, batches: Sequence[Tensors], results: Sequence[Tensors]) -> None:
+    """Sizes of outputs that tf2onnx lost, from what the original gave for batches of different size."""
+    given = [len(next(iter(batch.values()))) for batch in batches]
+    free = len(set(given)) > 1
+    if not free and any(v.type.tensor_type.shape.dim[0].dim_param for v in proto.graph.input):
+        return  # one size seen of a batch that may have any: nothing can be told from it
+    for value in proto.graph.output:
+        seen = [result[value.name].shape for result in results]
+        value.type.tensor_type.shape.SetInParent()
+        dims = value.type.tensor_type.shape.dim
+        while len(dims) < len(seen[0]):
+            dims.add()
+        for axis, dim in enumerate(dims):
+            sizes = [shape[axis] for shape in seen]
+            if dim.dim_value:
+                continue
+            if free and axis == 0 and sizes == given:
+                dim.dim_param = "batch"
+            elif len(set(sizes)) == 1:
+                dim.dim_value = sizes[0]
+
+
+# --- the process ----------------------------------------------------------------------------------------------------
+class _Worker:
+    """The worker process as a context manager; it ends with the block, whatever ends the block.
+
+    Its stderr goes to a log file, which is kept, and named in the error, only if the process fails unexpectedly.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._python = os.environ.get(PYTHON_VARIABLE) or sys.executable
+
+    def __enter__(self) -> _Worker:
+        self._log: IO[bytes] = tempfile.NamedTemporaryFile(prefix="edgekit-keras-", suffix=".log", delete=False)
+        try:
+            self._process = subprocess.Popen(
+                [self._python, str(_WORKER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                env=_environment(),
+                text=True,
+                encoding="utf-8",
+            )
+        except OSError as error:
+            self._close(keep=False)
+            raise MissingExtraError(
+                f"cannot start Python '{self._python}' for Keras: {error.strerror}",
+                f"set {PYTHON_VARIABLE} to a Python that has TensorFlow, or: pip install 'edgekit[keras]'",
+            ) from error
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except BrokenPipeError:
+                    continue  # what was still to be written has no reader any more
+        self._close(keep=isinstance(error, _Crashed))
+
+    def _close(self, *, keep: bool) -> None:
+        self._log.close()
+        if not keep:
+            Path(self._log.name).unlink(missing_ok=True)
+
+    def say(self, message: Mapping[str, Any]) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return  # it died: reading its answer tells how
+
+    def until(self, key: str, progress: Callable[[str], None]) -> Any:
+        """The value of the next answer that has `key`; raises what the worker reports."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            message = json.loads(line)
+            if "stage" in message:
+                progress(message["stage"])
+            if "error" in message:
+                error = message["error"]
+                raise _as_error(error["kind"], error["what"], error["remedy"])
+            if key in message:
+                return message[key]
+        raise self._crashed()
+
+    def _crashed(self) -> _Crashed:
+        """The process ended without an answer."""
+        try:
+            code = self._process.wait(_EXIT_GRACE_S)
+        except subprocess.TimeoutExpired:
+            code = None
+        how = "did not answer" if code is None else f"died by signal {-code}" if code < 0 else f"ended with code {code}"
+        lines = [t.strip() for t in Path(self._log.name).read_text("utf-8", "replace").splitlines() if t.strip()]
+        last = f": {lines[-1][:200]}" if lines else ""
+        return _Crashed(f"Keras on '{self._name}' {how}{last}", f"its log is in {self._log.name}")
+
+
+class _Crashed(ModelFileError):
+    """The worker failed in a way that nobody foresaw."""
+
+    exit_code = ModelFileError.exit_code
+
+
+def _as_error(kind: str, what: str, remedy: str) -> EdgekitError:
+    """The class of edgekit.errors that the worker named."""
+    found = getattr(errors, kind)
+    error: EdgekitError = found(what, remedy)
+    return error
+
+
+def _environment() -> dict[str, str]:
+    """Quiet, on the CPU, with Keras 3 on TensorFlow."""
+    given = {k: v for k, v in os.environ.items() if k not in ("TF_USE_LEGACY_KERAS", "PYTHONSTARTUP")}
+    fixed = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1", "KERAS_BACKEND": "tensorflow"}
+    return {**given, **fixed, "PYTHONUNBUFFERED": "1"}
