@@ -106,16 +106,18 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
 
 
 def from_proto(proto: onnx.ModelProto) -> ir.Model:
-    return ir.from_proto(proto)
+    model: ir.Model = ir.from_proto(proto)
+    return model
 
 
 def to_bytes(model: ir.Model) -> bytes:
-    return to_proto(model).SerializeToString(deterministic=True)
+    data: bytes = to_proto(model).SerializeToString(deterministic=True)
+    return data
 
 
 def clone(model: ir.Model) -> ir.Model:
     """A copy that shares no mutable state with `model` (weights are immutable and may be shared)."""
-    return ir.from_proto(ir.to_proto(model))
+    return from_proto(to_proto(model))
 
 
 def save(model: ir.Model, path: Path) -> None:
@@ -143,7 +145,7 @@ def with_batch(model: ir.Model, batch: int) -> ir.Model:
         for dim in value.type.tensor_type.shape.dim:
             dim.ClearField("dim_param")
     proto.graph.ClearField("value_info")
-    return ir.from_proto(onnx.shape_inference.infer_shapes(proto, data_prop=True))
+    return from_proto(onnx.shape_inference.infer_shapes(proto, data_prop=True))
 
 
 def opset(model: ir.Model) -> int:
@@ -159,7 +161,7 @@ def constant(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
 
 
 def digest(model: ir.Model) -> str:
-    """sha256 of what the model computes: nodes, attributes, weights and signature; not names of nodes or doc strings."""
+    """sha256 of what the model computes: nodes, attributes, weights, signature; not names of nodes or doc strings."""
     proto = to_proto(model)
     stripped = onnx.ModelProto()
     stripped.CopyFrom(proto)

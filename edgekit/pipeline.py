@@ -286,8 +286,8 @@ def _entry(path: Path, manifest: artifact.Manifest) -> Any:
     from edgekit.model import Signature
 
     backend = backends.get(manifest.backend)
-    parity = dict(manifest.parity or {})
-    problems = tuple(parity.get("reasons", ()))
+    parity = None if manifest.parity is None else dict(manifest.parity)
+    problems = tuple((parity or {}).get("reasons", ()))
     install = backend.missing()
     if install:
         problems = (*problems, f"not run: needs {manifest.backend}: {install}")
@@ -302,6 +302,7 @@ def _entry(path: Path, manifest: artifact.Manifest) -> Any:
         signature=Signature.from_json(manifest.signature),
         parity=parity,
         problems=problems,
+        notes=manifest.notes,
     )
 
 

@@ -119,7 +119,10 @@ class Conversion:
 
                 self.progress("calibrate", 0, 0)
                 plan: QuantizationPlan = step.plan(model, self.calibration_set)
-                return apply_plan(model, plan), {"plan": json.loads(plan.to_json()), "calibration": self._calibration_record()}
+                return apply_plan(model, plan), {
+                    "plan": json.loads(plan.to_json()),
+                    "calibration": self._calibration_record(),
+                }
 
             self._quantized[weight_bits] = self._stage(f"quantize to int8, {weight_bits}-bit weights", identity, make)
         return self._quantized[weight_bits]
@@ -127,6 +130,8 @@ class Conversion:
     # --- artifacts ---------------------------------------------------------------------------------
     def candidate(self, target: Target, spec: CandidateSpec, weight_bits: int) -> dict[str, Any]:
         """Make, verify and store one artifact, or find it done. Returns its row for the summary."""
+        from edgekit import verify
+
         backend = backends.get(spec.backend)
         self._check_values()
         if spec.precision == "int8":
@@ -152,6 +157,7 @@ class Conversion:
                 notes = backend.lower(model, spec.precision, folder)
                 self.progress(f"{target.name}: verify {spec.id}", 0, 0)
                 parity = self._verify(backend, folder, model, spec)
+                notes = [*notes, *filter(None, [verify.note(backend.NAME, parity)])]
                 manifest = self._manifest(target, spec, identity, parent, record, parity, notes)
                 manifest = artifact.write_manifest(folder, manifest)
             status = "made"

@@ -27,8 +27,8 @@ class Backend(Protocol):
     NAME: str
     PRECISIONS: tuple[str, ...]
     RUNNER: Path
-    """A Python file, standard library + numpy + the runtime only, that a worker loads on any host. It defines `version()`
-    and `open_session(folder, threads, batch, profile)`, whose session has `run(inputs) -> outputs` (arrays by name),
+    """A Python file, standard library + numpy + the runtime only, that a worker loads on any host: `version()` and
+    `open_session(folder, threads, batch, profile)`, whose session has `run(inputs) -> outputs` (arrays by name),
     `bind(inputs) -> call` (the call that is timed) and `layers()` (seconds per layer when profiling)."""
 
     def missing(self) -> str | None:
@@ -45,6 +45,11 @@ class Backend(Protocol):
 
     def saturates(self) -> bool:
         """True if this runtime's u8×s8 kernels saturate on this machine; measured, not inferred from flags."""
+        ...
+
+    def unrounded(self, model: ir.Model) -> list[str]:
+        """Quantized tensors of a QDQ model that this runtime carries into the next operator without rounding them to
+        int8; empty for a runtime that rounds each. Explains differences from the reference; see `verify.quantized`."""
         ...
 
     def lower(self, model: ir.Model, precision: str, folder: Path) -> list[str]:

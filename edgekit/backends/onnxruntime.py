@@ -76,6 +76,11 @@ def saturates() -> bool:
     return bool(np.any(y < SATURATED_BELOW * PAIRS))
 
 
+def unrounded(model: ir.Model) -> list[str]:
+    """None: every QLinear kernel rounds its own result."""
+    return []
+
+
 def lower(model: ir.Model, precision: str, folder: Path) -> list[str]:
     """Write model.onnx; int8 activations become uint8 on x86, where those kernels are up to 4× faster.
 

@@ -36,6 +36,7 @@ class Entry:
 
     path: its folder. runner: the backend's runner file. sha256, size_bytes: of the artifact's files.
     parity: the manifest's record, or None. problems: why its manifest says it is wrong (parity failed): not timed.
+    notes: what its manifest says a reader must know.
     """
 
     target: str
@@ -48,6 +49,7 @@ class Entry:
     signature: Signature
     parity: dict[str, Any] | None = None
     problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -328,6 +330,7 @@ def _measurements(
             sha256=entry.sha256,
             size_bytes=entry.size_bytes,
             parity=entry.parity,
+            notes=entry.notes,
         )
         wrong = (*entry.problems, *quality.problems)
         for count in counts:

@@ -1,7 +1,7 @@
 """The table of passes and the runner.
 
-A pass is a frozen dataclass called with `(model, dataset or None)` that returns a new model and never edits its input; its
-fields are its options. Adding a method is one file here and one line in `PASSES`.
+A pass is a frozen dataclass called with `(model, dataset or None)` that returns a new model and never edits its input;
+its fields are its options. Adding a method is one file here and one line in `PASSES`.
 """
 
 from __future__ import annotations
