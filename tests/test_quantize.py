@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -387,6 +388,43 @@ def test_dead_channel_still_adds_its_bias() -> None:
     got = evaluate(QuantizeInt8()(model, Samples({"x": x})), {"x": x})["y"]
     assert np.abs(got[:, 1] - 100).max() < 0.5
     assert np.abs(got[:, 3]).max() == 0
+
+
+def test_bias_correction_removes_the_mean_error_of_each_channel() -> None:
+    model = graph(
+        [node("Conv", ["x", "w", "b"], ["y"], name="conv", group=2)],
+        {"x": ["n", 4, 5, 5]},
+        {"y": ["n", 6, 3, 3]},
+        {"w": normal(6, 2, 3, 3), "b": normal(6)},
+    )
+    # channels of very different means: a shift taken from the wrong group's inputs would make it worse
+    x = normal(64, 4, 5, 5) + np.array([0, 5, -5, 20], np.float32)[:, None, None]
+    plan = QuantizeInt8(weight_bits=7).plan(model, Samples({"x": x}))
+    wanted = evaluate(model, {"x": x})["y"]
+
+    def mean_error(shifts: dict[str, tuple[float, ...]]) -> Array:
+        written = apply_plan(model, dataclasses.replace(plan, bias_shifts=shifts))
+        return np.abs((evaluate(written, {"x": x})["y"] - wanted).mean(axis=(0, 2, 3)))
+
+    assert mean_error(plan.bias_shifts).max() < 0.25 * mean_error({}).max()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_other_float_types_stay_float(dtype: Any) -> None:
+    model = graph(
+        [node("Gemm", ["x", "w"], ["a"], name="gemm"), node("Relu", ["a"], ["y"], name="relu")],
+        {"x": ["n", 4]},
+        {"y": ["n", 4]},
+        {"w": normal(4, 4)},
+    )
+    proto = M.to_proto(model)
+    kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    for value in [*proto.graph.input, *proto.graph.output]:
+        value.type.tensor_type.elem_type = kind
+    proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(normal(4, 4).astype(dtype), "w"))
+    plan = QuantizeInt8().plan(M.from_proto(proto), Samples({"x": normal(12, 4).astype(dtype)}))
+    assert plan.quantized == ()
+    assert set(plan.float_nodes) == {"gemm", "relu"}
 
 
 # --- what bad input gets ----------------------------------------------------------------------------------

@@ -334,7 +334,7 @@ def _score(quantized: ir.Model, inputs: list[M.Tensors], wanted: list[M.Tensors]
         a = np.concatenate([w[name].reshape(-1) for w in wanted]).astype(np.float64)
         b = np.concatenate([g[name].reshape(-1) for g in got]).astype(np.float64)
         ratios.append(10 * np.log10(max(float((a**2).sum()), 1e-30) / max(float(((a - b) ** 2).sum()), 1e-30)))
-        if wanted[0][name].ndim > 1 and wanted[0][name].shape[-1] > 1:
+        if wanted[0][name].ndim in {2, 3} and wanted[0][name].shape[-1] > 1:  # logits, one row or one per token
             same = [w[name].argmax(-1) == g[name].argmax(-1) for w, g in zip(wanted, got, strict=True)]
             agreements.append(float(np.concatenate([s.reshape(-1) for s in same]).mean()))
     return {
