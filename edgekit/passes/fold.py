@@ -7,42 +7,20 @@ do what both leave: batch norm and per-channel factors into weights (`fold_affin
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from edgekit import model as M
-from edgekit.passes import fold_affine, fold_moves, fold_shapes
+from edgekit.passes import fold_affine, fold_moves, fold_runtime, fold_shapes
 
 if TYPE_CHECKING:
     from edgekit.dataset import Dataset
 
 _ROUNDS = 8  # each round undoes at least one node, so this is met only by a bug; real models need two or three
-# Switched off in ONNX Runtime: what our rules do with stable names, what gives each constant a name that depends on the
-# run, what quantization needs apart, and what duplicates nodes.
-_NOT_BY_RUNTIME = (
-    "ConstantSharing",
-    "MatMulAddFusion",
-    "GatherSliceToSplitFusion",
-    "GatherToSliceFusion",
-    "TransposeOptimizer",
-    "ConvAddFusion",
-    "ConvMulFusion",
-    "ConvBNFusion",
-    "MatMul_BatchNormalization_Fusion",
-    "Pad_Fusion",
-    "QDQPropagationTransformer",
-    "EnsureUniqueDQForNodeUnit",
-    "WeightBiasQuantization",
-    "ClipQuantRewrite",
-    "ReluQuantRewrite",
-)
 _QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"})
 _RANDOM = frozenset({"Bernoulli", "Dropout"})  # onnx_ir's CSE would merge two draws
 
@@ -59,6 +37,7 @@ class Fold:
         """A cleaned copy; `data` is not looked at."""
         out = M.clone(model)
         common.InlinePass()(out)
+        fold_shapes.forget(out)
         quantized = any(n.op_type in _QUANTIZED for n in ir.traversal.RecursiveGraphIterator(out.graph))
         _tidy(out, merge=False)
         before = _content(out)
@@ -81,9 +60,9 @@ def _content(model: ir.Model) -> bytes | int:
 
 
 def _round(model: ir.Model) -> ir.Model:
-    model = _by_runtime(model)
+    model = fold_runtime.simplify(model)
     _tidy(model, merge=True)
-    fold_shapes.annotate(model)
+    fold_shapes.annotate(model, thorough=True)
     while fold_affine.fold(model.graph) or fold_moves.fold(model.graph):
         common.RemoveUnusedNodesPass()(model)
         fold_shapes.annotate(model)
@@ -141,46 +120,3 @@ def _order_initializers(graph: ir.Graph) -> None:
     graph.initializers.clear()
     for value in values.values():
         graph.register_initializer(value)
-
-
-def _by_runtime(model: ir.Model) -> ir.Model:
-    """ONNX Runtime's basic level, offline: constant folding and no-ops, in standard operators.
-
-    The model as it is if ONNX Runtime cannot take it (over 2 GiB, no kernel for an operator or type) or made it larger.
-    """
-    import onnxruntime as ort
-
-    proto = M.to_proto(model)
-    if proto.ByteSize() >= M.PROTOBUF_LIMIT:
-        return model
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "basic.onnx"
-        options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.optimized_model_filepath = str(path)
-        options.log_severity_level = 4
-        options.intra_op_num_threads = 1
-        try:
-            ort.InferenceSession(
-                proto.SerializeToString(deterministic=True),
-                options,
-                providers=["CPUExecutionProvider"],
-                disabled_optimizers=list(_NOT_BY_RUNTIME),
-            )
-        except Exception:  # ONNX Runtime's exceptions share no base; the backend will name the operator
-            return model
-        smaller = onnx.load(path)
-    domains = {n.domain for n in smaller.graph.node}
-    if not domains <= {n.domain for n in proto.graph.node} or len(smaller.graph.node) > len(proto.graph.node):
-        return model
-    return M.from_proto(_with_frame(smaller, proto))
-
-
-def _with_frame(inner: onnx.ModelProto, frame: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph of one model with the versions, inputs, outputs and notes of the other."""
-    out = onnx.ModelProto()
-    out.CopyFrom(frame)
-    for part in ("node", "initializer", "sparse_initializer", "value_info"):
-        out.graph.ClearField(part)
-        getattr(out.graph, part).extend(getattr(inner.graph, part))
-    return out

@@ -103,9 +103,10 @@ def _batch_norm(node: ir.Node) -> Affine | None:
     if len(parameters) != 4:
         return None
     gamma, beta, mean, variance = parameters
-    spread = variance + G.number(node, "epsilon", 1e-5)
-    if not bool((spread > 0).all()):
-        return None  # NaN or infinite by its own definition: left for the runtime to show
+    epsilon = G.number(node, "epsilon", 1e-5)
+    spread = variance + epsilon
+    if not bool((spread > epsilon / 2).all()):
+        return None  # a negative variance: NaN, infinite or mere rounding, left for the runtime to show
     scale = gamma / np.sqrt(spread)
     return Affine(scale, beta - mean * scale)
 
@@ -157,8 +158,9 @@ def _apply(producer: ir.Node, weight: G.Array, affine: Affine) -> bool:
     needs_bias = bool((affine.offset != 0).any())
     if bias is None or (producer.op_type == "MatMul" and needs_bias and not _becomes_gemm(producer)):
         return False
-    new_weight = (weight * _along(producer, weight, scale)).astype(weight.dtype)
-    new_bias = (bias * scale + affine.offset).astype(weight.dtype)
+    with np.errstate(over="ignore"):
+        new_weight = (weight * _along(producer, weight, scale)).astype(weight.dtype)
+        new_bias = (bias * scale + affine.offset).astype(weight.dtype)
     if not (np.isfinite(new_weight).all() and np.isfinite(new_bias).all()):
         return False
     if bool((scale != 1).any()):

@@ -23,7 +23,9 @@ def fold(graph: ir.Graph) -> bool:
 
 
 def _identity(node: ir.Node) -> bool:
-    if not G.is_op(node, "Identity") or node.inputs[0] is None:
+    """Identity, or Dropout outside of training."""
+    training = len(node.inputs) > 2 and node.inputs[2] is not None
+    if not G.is_op(node, "Identity", "Dropout") or node.inputs[0] is None or training:
         return False
     G.bypass(node, node.inputs[0])
     return node.graph is None

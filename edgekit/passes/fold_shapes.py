@@ -2,41 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import onnx
 import onnx_ir as ir
 
 from edgekit import model as M
+from edgekit.passes import fold_runtime
 
-_PROBES = (1009, 2003)  # two primes no real size is a multiple of: a size that follows them follows the batch
-Sizes = Mapping[str, tuple[int | str | None, ...]]
+# Two batches tell apart all sizes that are linear in the batch. Small, as tensors of them may become constants.
+_PROBES = (7, 13)
+Sizes = tuple[int | str | None, ...]
 
 
-def annotate(model: ir.Model) -> None:
+def forget(model: ir.Model) -> None:
+    """Drop the shapes that a file claims for the values between its inputs and outputs, in place: they may be wrong."""
+    kept = {*model.graph.inputs, *model.graph.outputs}
+    for value in (output for node in model.graph for output in node.outputs if output not in kept):
+        value.shape = None
+
+
+def annotate(model: ir.Model, *, thorough: bool = False) -> None:
     """Give every value of the main graph its type and shape, in place; inputs and outputs keep theirs.
 
-    A size is an int, the batch symbol, "k*batch", or unknown where ONNX's inference does not know.
+    A size is an int, the batch symbol, "k*batch", or unknown where ONNX's inference does not know; then what is already
+    written on the value stays. thorough: let ONNX Runtime compute every shape that follows from the batch.
     Models over protobuf's 2 GiB keep the shapes they have.
     """
     proto = M.to_proto(model)
     if proto.ByteSize() >= M.PROTOBUF_LIMIT:
         return
     symbols = _batch_symbols(proto)
-    base = _inferred(proto, None, ())
-    known: Sizes = {name: _sizes(info) for name, info in base.items()}
+    base = _inferred(proto, None, symbols)
+    known: dict[str, Sizes] = {name: _sizes(info) for name, info in base.items()}
     if len(symbols) == 1:
-        probes = [_inferred(proto, size, symbols) for size in _PROBES]
-        known = {n: _follow(known.get(n, ()), [_sizes(p[n]) for p in probes], symbols[0])
-                 for n in base if all(n in p for p in probes)}  # fmt: skip
+        probes = [_inferred(proto, size, symbols, thorough=thorough) for size in _PROBES]
+        for name in set(known).intersection(*probes):
+            known[name] = _follow(known[name], [_sizes(p[name]) for p in probes], symbols[0])
     kept = {*model.graph.inputs, *model.graph.outputs}
     for value in (output for node in model.graph for output in node.outputs if output not in kept):
         info = base.get(value.name) if value.name else None
         if info is None or not info.type.HasField("tensor_type"):
             continue
         value.dtype = ir.DataType(info.type.tensor_type.elem_type)
-        if info.name in known and info.type.tensor_type.HasField("shape"):
-            value.shape = ir.Shape(known[info.name])
+        if info.type.tensor_type.HasField("shape") or known[info.name]:
+            value.shape = ir.Shape(_merged(known[info.name], value.shape))
+
+
+def _merged(sizes: Sizes, old: ir.Shape | None) -> Sizes:
+    """`sizes`, with what is unknown taken from the shape a value has already."""
+    if old is None or len(old) != len(sizes):
+        return sizes
+    before = [d if isinstance(d, int) else d.value for d in old]
+    return tuple(b if new is None else new for new, b in zip(sizes, before, strict=True))
 
 
 def _batch_symbols(proto: onnx.ModelProto) -> list[str]:
@@ -47,19 +65,21 @@ def _batch_symbols(proto: onnx.ModelProto) -> list[str]:
 
 
 def _inferred(
-    proto: onnx.ModelProto, batch: int | None, symbols: tuple[str, ...] | list[str]
+    proto: onnx.ModelProto, batch: int | None, symbols: Sequence[str], *, thorough: bool = False
 ) -> dict[str, onnx.ValueInfoProto]:
     """Value infos of all node outputs, with the batch fixed to a number or left symbolic."""
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     copy.graph.ClearField("value_info")
-    for value in copy.graph.input:
-        for dim in value.type.tensor_type.shape.dim:
-            if batch is not None and dim.dim_param in symbols:
+    if batch is not None:
+        for dim in (d for v in copy.graph.input for d in v.type.tensor_type.shape.dim):
+            if dim.dim_param in symbols:
                 dim.dim_value = batch
-    for value in copy.graph.output:
-        if batch is not None:
+        for value in copy.graph.output:
             value.type.tensor_type.ClearField("shape")
+    if thorough:
+        copy = fold_runtime.simplified(copy) or copy
+        copy.graph.ClearField("value_info")
     try:
         copy = onnx.shape_inference.infer_shapes(copy, data_prop=True)
     except onnx.shape_inference.InferenceError:
@@ -67,13 +87,11 @@ def _inferred(
     return {v.name: v for v in (*copy.graph.value_info, *copy.graph.output)}
 
 
-def _sizes(info: onnx.ValueInfoProto) -> tuple[int | str | None, ...]:
+def _sizes(info: onnx.ValueInfoProto) -> Sizes:
     return tuple(d.dim_value if d.HasField("dim_value") else None for d in info.type.tensor_type.shape.dim)
 
 
-def _follow(
-    base: tuple[int | str | None, ...], probes: list[tuple[int | str | None, ...]], symbol: str
-) -> tuple[int | str | None, ...]:
+def _follow(base: Sizes, probes: list[Sizes], symbol: str) -> Sizes:
     if len({len(p) for p in (base, *probes)}) != 1:
         return base
     return tuple(_size(a, b, symbol) for a, b in zip(*probes, strict=True))
