@@ -118,7 +118,7 @@ def _keras_config(path: Path) -> Any:
     try:
         with _reading(path), zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            for member in ("config.json", "metadata.json", "model.weights.h5"):
+            for member in ("config.json", "model.weights.h5"):  # metadata.json only tells who wrote it
                 if member not in names:
                     raise ModelFileError(
                         f"'{path}' is a zip but no Keras file (it has no {member})",

@@ -93,11 +93,13 @@ def scan_config(config: Any, name: str, *, trust: bool) -> None:
         module = node.get("module")
         parts = [p for p in str(module or "").split(".") if p != "src"]
         registered = str(node.get("registered_name") or "")
-        if (module and parts[0] not in _KERAS_ROOTS) or (not module and ">" in registered):
+        if kind == "function" and isinstance(node.get("config"), str):
+            registered = node["config"]
+        if (module and parts[0] not in _KERAS_ROOTS) or ">" in registered:  # "package>name" is how Keras registers it
             raise Refused(
                 "UnsupportedOpError",
-                f"layer '{owner}' of '{name}' is of the custom class '{registered or kind}'"
-                + (f" from module '{module}'" if module else ""),
+                f"layer '{owner}' of '{name}' needs the custom {'function' if kind == 'function' else 'class'} "
+                f"'{registered or kind}'" + (f" of module '{module}'" if module and module != "builtins" else ""),
                 "its code is not in the file: export the model to ONNX or a SavedModel where the class is known",
             )
         if len(parts) > 1 and parts[1] in _NO_LAYERS and not trust:
@@ -482,7 +484,8 @@ def convert_function(call: Callable[[Any], list[Any]], inputs: tuple[Input, ...]
     def traced(*given: Any) -> dict[str, Any]:
         return {f"{_OUTPUT}{i}": tf.identity(t) for i, t in enumerate(call(list(given)))}
 
-    proto, _ = tf2onnx.convert.from_function(tf.function(traced, input_signature=specs), specs, opset=OPSET)
+    function = tf.function(traced, input_signature=specs, autograph=False)
+    proto, _ = tf2onnx.convert.from_function(function, specs, opset=OPSET)
     return proto
 
 
@@ -678,6 +681,8 @@ def _run(original: Original, name: str, work: Path, batch: str) -> str:
 def _line(error: BaseException) -> str:
     """The first line of an error that says something, shortened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].startswith("in user code"):  # TensorFlow's traceback in the text: the cause is its end
+        lines = lines[-1:]
     return (lines[0] if lines else type(error).__name__)[:300]
 
 
