@@ -300,7 +300,7 @@ def _as_error(kind: str, what: str, remedy: str) -> EdgekitError:
 
 
 def _environment() -> dict[str, str]:
-    """Quiet, on the CPU, with Keras 3 on TensorFlow."""
+    """Quiet, on the CPU, with Keras 3 on TensorFlow; tf2onnx walks sets, so the hash seed decides what it writes."""
     given = {k: v for k, v in os.environ.items() if k not in ("TF_USE_LEGACY_KERAS", "PYTHONSTARTUP")}
     fixed = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1", "KERAS_BACKEND": "tensorflow"}
-    return {**given, **fixed, "PYTHONUNBUFFERED": "1"}
+    return {**given, **fixed, "PYTHONHASHSEED": "0"}

@@ -342,7 +342,9 @@ def _open_by_function(loaded: Any, function: Any, name: str, shapes: dict[str, l
     for variable in getattr(function, "variables", ()):
         value = variable.numpy()
         if value.dtype.kind == "f" and not np.isfinite(value).all():
-            raise Refused("NonFiniteError", f"weight '{variable.name}' of '{name}' has NaN or Inf", "train it again")
+            raise Refused(
+                "NonFiniteError", f"weight '{variable.name.split(':')[0]}' of '{name}' has NaN or Inf", "train it again"
+            )
     specs = function.structured_input_signature[1]
     keys, given_outputs = list(specs), sorted(function.structured_outputs)
     names = clean_names(keys, set())
@@ -425,7 +427,9 @@ def _check_variables(session: Any, name: str) -> None:
     variables = tf.compat.v1.global_variables()
     for variable, value in zip(variables, session.run(variables), strict=True):
         if value.dtype.kind == "f" and not np.isfinite(value).all():
-            raise Refused("NonFiniteError", f"weight '{variable.name}' of '{name}' has NaN or Inf", "train it again")
+            raise Refused(
+                "NonFiniteError", f"weight '{variable.name.split(':')[0]}' of '{name}' has NaN or Inf", "train it again"
+            )
 
 
 # --- names and shapes -----------------------------------------------------------------------------------------------
@@ -512,6 +516,12 @@ def finish(proto: Any, original: Original) -> Any:
     rename_values(proto.graph, new)
     _order(proto.graph, original)
     proto.graph.ClearField("value_info")  # with tf2onnx's own names of unknown sizes
+    try:
+        onnx.checker.check_model(proto)
+    except onnx.checker.ValidationError as error:
+        raise Refused(
+            "UnsupportedOpError", f"tf2onnx wrote a broken graph: {_line(error)}", "convert the model to ONNX yourself"
+        ) from error
     return proto
 
 
