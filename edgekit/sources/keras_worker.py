@@ -400,22 +400,12 @@ def _open_by_session(path: Path, shapes: dict[str, list[int]]) -> Original:
         return list(session.run(wanted, dict(zip(feeds, given, strict=True))))
 
     def convert() -> Any:
-        import tf2onnx
-
         by_name = {t.op.name: i for t, i in zip(feeds, inputs, strict=True)}
         for node in frozen.node:
             if node.name in by_name and node.op == "Placeholder":
                 shape = tf.TensorShape(by_name[node.name].shape).as_proto()
                 node.attr["shape"].shape.CopyFrom(shape)
-        proto, _ = tf2onnx.convert.from_graph_def(
-            frozen,
-            input_names=[t.name for t in feeds],
-            output_names=[t.name for t in wanted],
-            opset=OPSET,
-        )
-        new = {t.name: f"{_INPUT}{i}" for i, t in enumerate(feeds)}
-        rename_values(proto.graph, new | {t.name: f"{_OUTPUT}{i}" for i, t in enumerate(wanted)})
-        return proto
+        return convert_graph(frozen, [t.name for t in feeds], [t.name for t in wanted])
 
     return Original(inputs, clean_names(given_outputs, set(names)), run, convert)
 
@@ -488,8 +478,20 @@ def convert_function(call: Callable[[Any], list[Any]], inputs: tuple[Input, ...]
     def traced(*given: Any) -> dict[str, Any]:
         return {f"{_OUTPUT}{i}": tf.identity(t) for i, t in enumerate(call(list(given)))}
 
-    function = tf.function(traced, input_signature=specs, autograph=False)
-    proto, _ = tf2onnx.convert.from_function(function, specs, opset=OPSET)
+    # not tf2onnx's from_function: it takes constants that the function captured (of Normalization, say) for inputs
+    function = tf.function(traced, input_signature=specs, autograph=False).get_concrete_function()
+    feeds = [t.name for t in function.inputs[: len(inputs)]]
+    wanted = [function.structured_outputs[f"{_OUTPUT}{i}"].name for i in range(len(function.structured_outputs))]
+    return convert_graph(tf2onnx.tf_loader.from_function(function, feeds, wanted), feeds, wanted)
+
+
+def convert_graph(frozen: Any, feeds: list[str], wanted: list[str]) -> Any:
+    """tf2onnx's ModelProto of a TensorFlow graph without variables, its values called _INPUT/_OUTPUT + position."""
+    import tf2onnx
+
+    proto, _ = tf2onnx.convert.from_graph_def(frozen, input_names=feeds, output_names=wanted, opset=OPSET)
+    new = {name: f"{_INPUT}{i}" for i, name in enumerate(feeds)}
+    rename_values(proto.graph, new | {name: f"{_OUTPUT}{i}" for i, name in enumerate(wanted)})
     return proto
 
 
@@ -509,10 +511,6 @@ def finish(proto: Any, original: Original) -> Any:
             ) from None
     new = {f"{_INPUT}{i}": v.name for i, v in enumerate(original.inputs)}
     new |= {f"{_OUTPUT}{i}": name for i, name in enumerate(original.outputs)}
-    present = [v.name for v in (*proto.graph.input, *proto.graph.output)]
-    for name in present:  # tf2onnx keeps TensorFlow's ':0' on some
-        if name not in new and name.split(":")[0] in new:
-            new[name] = new[name.split(":")[0]]
     rename_values(proto.graph, new)
     _order(proto.graph, original)
     proto.graph.ClearField("value_info")  # with tf2onnx's own names of unknown sizes
