@@ -10,15 +10,13 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# public name -> module that defines it
+# public name -> module that defines it (`bench` and `report` are packages: their functions are in edgekit.pipeline)
 _EXPORTS = {
     "load": "edgekit.pipeline",
     "convert": "edgekit.pipeline",
-    "bench": "edgekit.pipeline",
-    "report": "edgekit.pipeline",
     "inspect": "edgekit.pipeline",
     "open_dataset": "edgekit.dataset",
-    "Preprocessing": "edgekit.dataset",
+    "Preprocessing": "edgekit.preprocessing",
     "load_target": "edgekit.target",
     "EdgekitError": "edgekit.errors",
 }

@@ -1,12 +1,11 @@
-"""In-memory model helpers: signature, content digest, edges of the graph, and running a model in float.
+"""In-memory model helpers: signature, files, fixed batch, and running a model in float.
 
 A *model* everywhere in edgekit is an `onnx_ir.Model`, opset >= 21, with named, shaped inputs and outputs.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,26 +159,6 @@ def constant(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
     return None if tensor is None else tensor.numpy()
 
 
-def digest(model: ir.Model) -> str:
-    """sha256 of what the model computes: nodes, attributes, weights, signature; not names of nodes or doc strings."""
-    proto = to_proto(model)
-    stripped = onnx.ModelProto()
-    stripped.CopyFrom(proto)
-    stripped.ClearField("producer_name")
-    stripped.ClearField("producer_version")
-    stripped.ClearField("doc_string")
-    stripped.ClearField("metadata_props")
-    stripped.ClearField("model_version")
-    stripped.graph.ClearField("doc_string")
-    stripped.graph.ClearField("value_info")
-    stripped.graph.ClearField("name")
-    for node in stripped.graph.node:
-        node.ClearField("doc_string")
-        node.ClearField("name")
-        node.ClearField("metadata_props")
-    return hashlib.sha256(stripped.SerializeToString(deterministic=True)).hexdigest()
-
-
 class FloatSession:
     """Runs a model with ONNX Runtime on this CPU: the float results that everything else is compared with.
 
@@ -223,8 +202,3 @@ def seeded_inputs(sig: Signature, batch: int, seed: int = 0, high: int = 2) -> T
         else:
             out[spec.name] = rng.integers(0, high, shape).astype(spec.dtype)
     return out
-
-
-def consumers(value: ir.Value) -> Sequence[tuple[ir.Node, int]]:
-    """(node, input index) of every use of a value."""
-    return tuple(value.uses())

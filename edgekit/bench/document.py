@@ -17,7 +17,13 @@ from edgekit.bench.statistics import Rounds, Summary, ratio_of_medians, summariz
 DOCUMENT_SCHEMA = 1  # 1: first
 
 Row = dict[str, Any]
-_PARITY = ("per_op_max_lsb", "fraction_equal", "label_agreement")
+_PARITY = (
+    "per_op_max_lsb",
+    "fraction_equal",
+    "label_agreement",
+    "label_agreement_unrounded",
+    "max_rel_error",
+)
 _LATENCY_KEYS = ("p50", "p90", "p99", "mean", "ratio_to_float", "ratio_ci95")
 
 
@@ -31,12 +37,14 @@ def document(measurements: Sequence[Measurement], max_accuracy_drop: float = 0.0
     machine = measurements[-1].machine if measurements else {}
     facts = machine.get("facts", {})
     settings = dict(measurements[-1].settings) if measurements else {}
+    dataset = next((m.dataset for m in measurements if m.dataset is not None), None)
     return {
         "schema": DOCUMENT_SCHEMA,
         "run": measurements[-1].run if measurements else None,
         "taken": measurements[0].taken if measurements else None,
         "settings": {**settings, "max_accuracy_drop": max_accuracy_drop},
-        "dataset": next((m.dataset for m in measurements if m.dataset is not None), None),
+        "dataset": dataset,
+        "preprocessing": (dataset or {}).get("preprocessing"),
         "machine": {**facts, **{k: machine.get(k) for k in ("before", "after", "warnings")}},
         "artifacts": rows,
         "verdict": {

@@ -135,7 +135,13 @@ def _thread_counts(threads: Sequence[int | Literal["all"]]) -> list[int]:
 
 
 def _describe(dataset: Dataset) -> dict[str, Any]:
-    return {"name": dataset.name, "digest": dataset.digest, "samples": dataset.samples, "labelled": dataset.labelled}
+    return {
+        "name": dataset.name,
+        "digest": dataset.digest,
+        "samples": dataset.samples,
+        "labelled": dataset.labelled,
+        "preprocessing": dataset.preprocessing.to_json(),
+    }
 
 
 # --- quality ---------------------------------------------------------------------------------------

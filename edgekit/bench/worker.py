@@ -196,8 +196,10 @@ def _load_file(name: str, path: str) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """'Kind: first line with text of the message', shortened."""
+    """'Kind: first line of the message that says something', shortened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # OpenVINO begins with where in its source it failed
+    lines = [line for line in lines if not line.startswith(("Exception from", "Check "))] or lines
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return text if len(text) <= 400 else text[:397] + "..."
 

@@ -1,4 +1,4 @@
-"""The table of passes and the runner.
+"""The table of passes.
 
 A pass is a frozen dataclass called with `(model, dataset or None)` that returns a new model and never edits its input;
 its fields are its options. Adding a method is one file here and one line in `PASSES`.
@@ -6,7 +6,7 @@ its fields are its options. Adding a method is one file here and one line in `PA
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -25,10 +25,3 @@ class Pass(Protocol):
     """A frozen dataclass; calling it makes a better model."""
 
     def __call__(self, model: ir.Model, data: Dataset | None) -> ir.Model: ...
-
-
-def apply(passes: Iterable[Pass], model: ir.Model, data: Dataset | None = None) -> ir.Model:
-    """Run passes in order."""
-    for step in passes:
-        model = step(model, data)
-    return model

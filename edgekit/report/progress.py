@@ -57,14 +57,15 @@ def _rich_bar() -> Iterator[Progress]:
 
 
 def _plain_lines() -> Progress:
-    last = {"stage": "", "time": 0.0}
+    last_stage, last_time = "", 0.0
 
     def show(stage: str, done: float, total: float) -> None:
+        nonlocal last_stage, last_time
         now = time.monotonic()
-        if stage == last["stage"] and now - float(last["time"]) < _PLAIN_EVERY_S:
+        if stage == last_stage and now - last_time < _PLAIN_EVERY_S:
             return
         share = f" {100 * done / total:.0f}%" if total and done else ""
         print(f"{stage}{share}", file=sys.stderr, flush=True)
-        last["stage"], last["time"] = stage, now
+        last_stage, last_time = stage, now
 
     return show

@@ -60,6 +60,9 @@ def load(
     Raises ModelFileError, UnsupportedOpError, ShapeError, ConversionMismatchError, UnsafeModelError, NonFiniteError,
     MissingExtraError.
     """
+    from importlib.metadata import version
+
+    from edgekit import backends
     from edgekit.sources import onnx as onnx_source
 
     kind = kind_of(path)
@@ -69,7 +72,7 @@ def load(
         original = onnx_source.read(path)
         batches: list[M.Tensors] | None = None
         expected: list[M.Tensors] | None = None
-        versions: dict[str, str] = {}
+        versions = {"onnx": version("onnx"), "onnxruntime": backends.get("onnxruntime").version()}
     else:
         from edgekit.sources import keras
 
@@ -82,7 +85,9 @@ def load(
     checked_on = "real" if data is not None else "seeded"
     if batches is None:
         progress("check the import against the original")
-        batches = list(_check_inputs(model, sig, data))
+        batches = list(_real_inputs(sig, data)) if data is not None else []
+        checked_on = "real" if batches else "seeded"
+        batches = batches or _seeded_inputs(model, sig)
         expected = list(_run_original(original, sig, batches, path))
     assert expected is not None
     error = _largest_difference(model, batches, expected)
@@ -181,26 +186,25 @@ def _members(path: Path) -> Iterator[Path]:
         yield from external_files(path)
 
 
-def _check_inputs(model: ir.Model, sig: M.Signature, data: Dataset | None) -> Iterator[M.Tensors]:
-    """Batches to compare on: real samples if there are any; two batch sizes where the batch is free."""
+def _real_inputs(sig: M.Signature, data: Dataset) -> Iterator[M.Tensors]:
+    """The first samples in one batch, and one alone where the batch is free; nothing if a fixed batch is not filled."""
+    fixed = M.batch_of(sig)
+    part = next(iter(data.bind(sig).take(fixed or CHECK_SAMPLES).batches(fixed or CHECK_SAMPLES)))
+    if fixed is None or len(part.index) == fixed:
+        yield part.inputs
+    if fixed is None and len(part.index) > 1:
+        yield {k: v[:1] for k, v in part.inputs.items()}
+
+
+def _seeded_inputs(model: ir.Model, sig: M.Signature) -> list[M.Tensors]:
+    """Two batch sizes where the batch is free."""
     from edgekit.sources.onnx import index_limit
 
-    fixed = M.batch_of(sig)
-    if data is not None:
-        for part in data.bind(sig).take(fixed or CHECK_SAMPLES).batches(fixed or CHECK_SAMPLES):
-            if fixed is None or len(part.index) == fixed:
-                yield part.inputs
-                if fixed is None and len(part.index) > 1:
-                    yield {k: v[:1] for k, v in part.inputs.items()}
-                return
-    high = index_limit(model)
-    for size in (fixed,) if fixed else (1, 3):
-        yield M.seeded_inputs(sig, size, high=high)
+    fixed, high = M.batch_of(sig), index_limit(model)
+    return [M.seeded_inputs(sig, size, high=high) for size in ((fixed,) if fixed else (1, 3))]
 
 
-def _run_original(
-    original: ModelProto, sig: M.Signature, batches: list[M.Tensors], path: Path
-) -> Iterator[M.Tensors]:
+def _run_original(original: ModelProto, sig: M.Signature, batches: list[M.Tensors], path: Path) -> Iterator[M.Tensors]:
     """The original file's own results in ONNX Runtime, unoptimized, at its own opset."""
     from edgekit.backends.onnxruntime import first_line
     from edgekit.errors import UnsupportedOpError

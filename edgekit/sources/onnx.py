@@ -49,7 +49,7 @@ def read(path: Path) -> onnx.ModelProto:
 
 def _parse(path: Path) -> onnx.ModelProto:
     """Parse and check where external data point, without reading them."""
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
 
     proto = onnx.ModelProto()
     try:

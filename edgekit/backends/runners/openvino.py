@@ -39,7 +39,7 @@ class Session:
             "INFERENCE_PRECISION_HINT": "f32",
             "PERF_COUNT": profile,
         }
-        self._compiled = core.compile_model(model, "CPU", config)
+        self._compiled = _compile(core, model, config)
         self._request = self._compiled.create_infer_request()
         self.inputs: list[str] = [i.get_any_name() for i in model.inputs]
         self._ports = [_artifact_name(o) for o in model.outputs]
@@ -90,6 +90,19 @@ class Session:
     def layers(self) -> list[dict[str, Any]]:
         """Seconds per node, summed over the profiled calls so far."""
         return list(self._layers.values())
+
+
+def _compile(core: Any, model: Any, config: dict[str, Any]) -> Any:
+    """Compile; without OpenVINO's code generator for elementwise chains where that runs out of registers.
+
+    Seen in 2026.4 on int8 dense nets at batch 1: "Not enough gp registers in the pool".
+    """
+    try:
+        return core.compile_model(model, "CPU", config)
+    except RuntimeError as error:
+        if "registers" not in str(error):
+            raise
+        return core.compile_model(model, "CPU", {**config, "SNIPPETS_MODE": "DISABLE"})
 
 
 def _common_batch(model: Any) -> int:
