@@ -155,7 +155,8 @@ def test_batch_norm_alone_is_one_mul_and_one_add() -> None:
 def test_batch_norm_with_a_bad_variance_stays_what_it_is(variance: float) -> None:
     values = statistics(3) | {"v": np.array([1.0, variance, 1.0], np.float32)}
     model = build(
-        "net (float[batch,3,4,4] x) => (float[batch,3,4,4] y) { a = Conv(x, w) y = BatchNormalization(a, g, be, m, v) }",
+        """net (float[batch,3,4,4] x) => (float[batch,3,4,4] y) { c = Conv(x, w)
+          y = BatchNormalization(c, g, be, m, v) }""",
         w=normal(3, 3, 1, 1),
         **values,
     )
@@ -382,6 +383,110 @@ def test_unnamed_nodes_get_names_and_doubled_ones_their_own() -> None:
     assert names == ["n", "n_1", "Neg_y"]
 
 
+# --- operators written in pieces --------------------------------------------------------------------
+GELU = {
+    "as the paper": "s = Div(x, r2) e = Erf(s) p = Add(e, one) h = Mul(x, p) y = Mul(h, half)",
+    "half first": "s = Mul(ir2, x) e = Erf(s) p = Add(one, e) h = Mul(half, x) y = Mul(h, p)",
+    "by its complement": "m = Neg(x) s = Mul(m, ir2) e = Erf(s) p = Sub(one, e) h = Mul(half, x) y = Mul(h, p)",
+}
+ROOTS = {"r2": np.float32(2**0.5), "ir2": np.float32(0.5**0.5), "one": np.float32(1), "half": np.float32(0.5)}
+
+
+@pytest.mark.parametrize("case", GELU)
+def test_gelu(case: str) -> None:
+    model = build(f"net (float[batch,7] x) => (float[batch,7] y) {{ {GELU[case]} }}", **ROOTS)
+    assert ops(check(model)) == {"Gelu": 1}
+
+
+@pytest.mark.parametrize("case", GELU)
+@pytest.mark.parametrize("wrong", ["one", "half", "ir2", "r2"])
+def test_almost_gelu_is_not_gelu(case: str, wrong: str) -> None:
+    weights = ROOTS | {wrong: np.float32(ROOTS[wrong] * 1.001)}
+    out = check(build(f"net (float[batch,7] x) => (float[batch,7] y) {{ {GELU[case]} }}", **weights))
+    assert ops(out)["Gelu"] == (0 if f" {wrong})" in GELU[case] or f"({wrong}," in GELU[case] else 1)
+
+
+def test_gelu_of_another_value_is_not_gelu() -> None:
+    text = f"net (float[batch,7] z, float[batch,7] x) => (float[batch,7] y) {{ {GELU['half first']} }}".replace(
+        "Mul(half, x)", "Mul(half, z)"
+    )
+    assert ops(check(build(text, **ROOTS)))["Gelu"] == 0
+
+
+@pytest.mark.parametrize(("top", "fused"), [(6, True), (5, False)])
+@pytest.mark.parametrize("tail", ["h = Mul(x, c) y = Div(h, six)", "h = Mul(c, sixth) y = Mul(h, x)"])
+def test_hard_swish(tail: str, top: int, fused: bool) -> None:
+    model = build(
+        f"net (float[batch,7] x) => (float[batch,7] y) {{ a = Add(x, three) c = Clip(a, zero, top) {tail} }}",
+        three=np.float32(3), zero=np.float32(0), six=np.float32(6), sixth=np.float32(1 / 6), top=np.float32(top),
+    )  # fmt: skip
+    assert (ops(check(model)) == {"HardSwish": 1}) == fused
+
+
+MEAN = "m = ReduceMean(x, axes) d = Sub(x, m)"
+SPREAD = "q = Mul(d, d) v = ReduceMean(q, axes) e = Add(v, eps) s = Sqrt(e)"
+LAYER_NORM = {
+    "divided": f"{MEAN} {SPREAD} n = Div(d, s) t = Mul(n, g) y = Add(t, b)",
+    "power": f"{MEAN} q = Pow(d, two) v = ReduceMean(q, axes) e = Add(eps, v) s = Sqrt(e) "
+    "n = Div(d, s) t = Mul(g, n) y = Add(b, t)",
+    "pooled": "m = GlobalAveragePool(x) d = Sub(x, m) q = Mul(d, d) v = GlobalAveragePool(q) e = Add(v, eps) "
+    "s = Sqrt(e) r = Reciprocal(s) k = Mul(r, g) u = Neg(m) w = Mul(u, k) o = Add(w, b) t = Mul(x, k) y = Add(t, o)",
+    "subtracted": f"{MEAN} {SPREAD} r = Reciprocal(s) k = Mul(r, g) w = Mul(m, k) o = Sub(b, w) t = Mul(x, k) "
+    "y = Add(t, o)",
+}
+
+
+@pytest.mark.parametrize("case", LAYER_NORM)
+def test_layer_normalization(case: str) -> None:
+    weights = {"eps": np.float32(1e-3), "two": np.float32(2), "g": normal(1, 1, 6), "b": normal(6)}
+    text = f"net (float[batch,5,6] x) => (float[batch,5,6] y) {{ {LAYER_NORM[case]} }}"
+    assert ops(check(build(text, axes=[-1], **weights))) == {"LayerNormalization": 1}
+    if "axes" in text:
+        assert ops(check(build(text, axes=[1], **weights)))["LayerNormalization"] == 0
+        assert ops(check(build(text, axes=[1, 2], **weights)))["LayerNormalization"] == 0
+
+
+def test_an_expand_that_readers_do_not_need_goes() -> None:
+    model = build(
+        """net (float[batch,3,4] x) => (float[batch,3,4] y) { s = Shape(x) e = Expand(c, s) n = Not(e) a = Or(n, mask)
+          f = Cast<to=1>(a) y = Add(x, f) }""",
+        c=np.array([True, False, True, True]), mask=np.eye(4, dtype=bool)[:3],
+    )  # fmt: skip
+    assert ops(check(model)) == {"Add": 1}
+
+
+@pytest.mark.parametrize("tail", ["y = Relu(e)", "r = Softmax(e) y = Add(r, x)", "y = Add(e, k)"])
+def test_an_expand_that_gives_the_size_stays(tail: str) -> None:
+    model = build(
+        f"net (float[batch,3,4] x) => (float[batch,3,4] y) {{ s = Shape(x) e = Expand(c, s) {tail} }}",
+        c=normal(4), k=normal(3, 4),
+    )  # fmt: skip
+    assert ops(check(model))["Expand"] == 1
+
+
+def test_the_bias_behind_a_reshape_joins_the_dense_layer() -> None:
+    model = build(
+        """net (float[batch,3,4] x) => (float[batch,3,6] y, float[batch,9,2] z) {
+          f = Reshape(x, flat) a = MatMul(f, w) r = Reshape(a, full) y = Add(r, b)
+          c = MatMul(f, w2) q = Reshape(c, other) z = Add(q, b2) }""",
+        flat=[-1, 4], full=[-1, 3, 6], other=[-1, 9, 2], w=normal(4, 6), w2=normal(4, 6), b=normal(6), b2=normal(2),
+    )  # fmt: skip
+    assert ops(check(model)) == {"Reshape": 3, "Gemm": 1, "MatMul": 1, "Add": 1}
+
+
+def test_a_recurrent_layer_needs_no_zeros_to_start_from() -> None:
+    model = build(
+        """net (float[4,batch,3] x) => (float[4,1,batch,2] y) { s = Shape<start=1,end=2>(x) t = Concat<axis=0>(s, two)
+          z = Expand(zero, t) h = Unsqueeze(z, first) y = LSTM<hidden_size=2>(x, w, r, , , h, h) }""",
+        two=[2], zero=np.float32(0), first=[0], w=normal(1, 8, 3), r=normal(1, 8, 2),
+    )  # fmt: skip
+    out = Fold()(model, None)
+    assert ops(out) == {"LSTM": 1}
+    x = {"x": normal(4, 3, 3)}
+    want, have = (M.FloatSession(m, optimize=False).run(x)["y"] for m in (model, out))
+    np.testing.assert_allclose(have, want, atol=1e-6)
+
+
 # --- random graphs --------------------------------------------------------------------------------
 def _channels(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[1], *[1] * (len(shape) - 2))
@@ -441,8 +546,8 @@ EXPECTED = {
     "mobilenet_v2_cifar": {"Conv": 28, "Add": 3, "Gemm": 1, "Clip": 19, "Mul": 0, "Transpose": 1},
     "mlp_784_mnist": {"Gemm": 3, "Relu": 2, "Add": 0, "MatMul": 0},
     "dcgan_mnist_generator": {"ConvTranspose": 3, "Gemm": 1, "Mul": 0, "Add": 0},
-    "lstm_mnist_rows": {"LSTM": 1, "Gemm": 1},
-    "gpt_char_tinyshakespeare": {"Softmax": 4},
+    "lstm_mnist_rows": {"LSTM": 1, "Gemm": 1, "Expand": 0, "Shape": 0},
+    "gpt_char_tinyshakespeare": {"Softmax": 4, "Gelu": 4, "LayerNormalization": 8, "Gemm": 8, "Shape": 0, "Expand": 0},
 }
 
 

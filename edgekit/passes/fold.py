@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from edgekit import model as M
-from edgekit.passes import fold_affine, fold_moves, fold_runtime, fold_shapes
+from edgekit.passes import fold_affine, fold_moves, fold_patterns, fold_runtime, fold_shapes
 
 if TYPE_CHECKING:
     from edgekit.dataset import Dataset
@@ -48,6 +48,10 @@ class Fold:
             if after == before:
                 break
             before = after
+        for value, declared in zip(out.graph.outputs, model.graph.outputs, strict=True):
+            value.shape = (
+                None if declared.shape is None else declared.shape.copy()
+            )  # more is known now, but the signature is a promise
         return out
 
 
@@ -63,8 +67,8 @@ def _round(model: ir.Model) -> ir.Model:
     model = fold_runtime.simplify(model)
     _tidy(model, merge=True)
     fold_shapes.annotate(model, thorough=True)
-    while fold_affine.fold(model.graph) or fold_moves.fold(model.graph):
-        common.RemoveUnusedNodesPass()(model)
+    while fold_moves.fold(model.graph) or fold_affine.fold(model.graph) or fold_patterns.fold(model.graph):
+        _remove_dead(model)
         fold_shapes.annotate(model)
     _tidy(model, merge=True)
     return model
@@ -75,23 +79,27 @@ def _tidy(model: ir.Model, *, merge: bool) -> None:
 
     merge: equal nodes and equal weights become one.
     """
-    training = [n for n in _all(model) if n.op_type == "BatchNormalization" and "training_mode" in n.attributes]
-    flags = [(n, n.attributes["training_mode"]) for n in training]
     random = any(n.op_type in _RANDOM for n in _all(model))
     for step in (
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         *([common.DeduplicateInitializersPass(size_limit=2**31)] if merge else []),
         *([common.CommonSubexpressionEliminationPass()] if merge and not random else []),
-        common.RemoveUnusedNodesPass(),
     ):
         step(model)
-    for node, flag in flags:
-        if flag.value:  # onnx_ir drops it when the statistics are unused, which changes the result
-            node.attributes["training_mode"] = flag
+    _remove_dead(model)
     model.graph.sort()
     _name(model)
     _order_initializers(model.graph)
     fold_shapes.annotate(model)
+
+
+def _remove_dead(model: ir.Model) -> None:
+    training = [n for n in _all(model) if n.op_type == "BatchNormalization" and "training_mode" in n.attributes]
+    flags = [(n, n.attributes["training_mode"]) for n in training]
+    common.RemoveUnusedNodesPass()(model)
+    for node, flag in flags:
+        if flag.value:  # onnx_ir drops it when the statistics are unused, which changes the result
+            node.attributes["training_mode"] = flag
 
 
 def _all(model: ir.Model) -> Iterator[ir.Node]:

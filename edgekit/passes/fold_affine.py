@@ -39,7 +39,7 @@ def fold(graph: ir.Graph) -> bool:
 def fold_into_producer(node: ir.Node) -> bool:
     """A batch norm, or an Add/Sub/Mul/Div by a constant, taken into the weighted operator that feeds it alone."""
     source = _variable_input(node)
-    producer = G.sole_producer(source, *_WEIGHTED)
+    producer = G.sole_producer(source, *_WEIGHTED) or _behind_reshape(source)
     if producer is None or source is None:
         return False
     weight = G.array(producer.inputs[1])
@@ -47,11 +47,20 @@ def fold_into_producer(node: ir.Node) -> bool:
         return False
     if producer.op_type == "MatMul" and weight.ndim != 2:
         return False
-    affine = _affine_after(node, producer, _channels(producer, weight))
+    affine = _affine_after(node, source, producer, _channels(producer, weight))
     if affine is None or not affine.finite or not _apply(producer, weight, affine):
         return False
-    G.bypass(node, producer.outputs[0])
+    G.bypass(node, source)
     return True
+
+
+def _behind_reshape(value: ir.Value | None) -> ir.Node | None:
+    """The dense layer whose result is only reshaped, its last axis kept: Keras flattens what has more axes than two."""
+    reshape = G.sole_producer(value, "Reshape")
+    before, after = (G.dims(reshape.inputs[0]), G.dims(value)) if reshape is not None else (None, None)
+    if reshape is None or not before or not after or before[-1] != after[-1] or not isinstance(after[-1], int):
+        return None
+    return G.sole_producer(reshape.inputs[0], "Gemm", "MatMul")
 
 
 def split_batch_norm(node: ir.Node) -> bool:
@@ -111,10 +120,9 @@ def _batch_norm(node: ir.Node) -> Affine | None:
     return Affine(scale, beta - mean * scale)
 
 
-def _affine_after(node: ir.Node, producer: ir.Node, channels: int) -> Affine | None:
-    shape = producer.outputs[0].shape
-    rank = None if shape is None else len(shape)
-    if producer.op_type == "Gemm":
+def _affine_after(node: ir.Node, source: ir.Value, producer: ir.Node, channels: int) -> Affine | None:
+    rank = None if source.shape is None else len(source.shape)
+    if producer.op_type == "Gemm" and source is producer.outputs[0]:
         rank = 2
     if producer.op_type in _CONVOLUTIONS:
         weight = G.array(producer.inputs[1])

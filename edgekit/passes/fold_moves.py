@@ -23,12 +23,21 @@ def fold(graph: ir.Graph) -> bool:
 
 
 def _identity(node: ir.Node) -> bool:
-    """Identity, or Dropout outside of training."""
+    """Identity, Dropout outside of training, or the MatMul by ones of a Keras einsum with one operand."""
     training = len(node.inputs) > 2 and node.inputs[2] is not None
-    if not G.is_op(node, "Identity", "Dropout") or node.inputs[0] is None or training:
+    same = G.is_op(node, "Identity", "Dropout") and not training
+    if not node.inputs or node.inputs[0] is None or not (same or _multiplies_by_one(node)):
         return False
     G.bypass(node, node.inputs[0])
     return node.graph is None
+
+
+def _multiplies_by_one(node: ir.Node) -> bool:
+    ones = G.array(node.inputs[1]) if G.is_op(node, "MatMul") else None
+    if ones is None or ones.ndim < 2 or ones.shape[-2:] != (1, 1) or not bool((ones == 1).all()):
+        return False
+    sizes = G.dims(node.inputs[0])
+    return sizes is not None and sizes == G.dims(node.outputs[0])
 
 
 def _transpose(node: ir.Node) -> bool:

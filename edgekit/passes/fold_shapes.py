@@ -23,7 +23,7 @@ def forget(model: ir.Model) -> None:
 
 
 def annotate(model: ir.Model, *, thorough: bool = False) -> None:
-    """Give every value of the main graph its type and shape, in place; inputs and outputs keep theirs.
+    """Give every value of the main graph its type and shape, in place; inputs keep theirs.
 
     A size is an int, the batch symbol, "k*batch", or unknown where ONNX's inference does not know; then what is already
     written on the value stays. thorough: let ONNX Runtime compute every shape that follows from the batch.
@@ -39,8 +39,7 @@ def annotate(model: ir.Model, *, thorough: bool = False) -> None:
         probes = [_inferred(proto, size, symbols, thorough=thorough) for size in _PROBES]
         for name in set(known).intersection(*probes):
             known[name] = _follow(known[name], [_sizes(p[name]) for p in probes], symbols[0])
-    kept = {*model.graph.inputs, *model.graph.outputs}
-    for value in (output for node in model.graph for output in node.outputs if output not in kept):
+    for value in (output for node in model.graph for output in node.outputs):
         info = base.get(value.name) if value.name else None
         if info is None or not info.type.HasField("tensor_type"):
             continue
@@ -75,8 +74,8 @@ def _inferred(
         for dim in (d for v in copy.graph.input for d in v.type.tensor_type.shape.dim):
             if dim.dim_param in symbols:
                 dim.dim_value = batch
-        for value in copy.graph.output:
-            value.type.tensor_type.ClearField("shape")
+    for value in copy.graph.output:
+        value.type.tensor_type.ClearField("shape")
     if thorough:
         copy = fold_runtime.simplified(copy) or copy
         copy.graph.ClearField("value_info")
