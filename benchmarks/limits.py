@@ -82,7 +82,8 @@ def calibration_memory(folder: Path) -> None:
         peaks[samples] = int(done.stdout.split()[-1]) / 1024
     ratio = peaks[10_000] / peaks[500]
     print(
-        f"calibration peak: 500 samples {peaks[500]:.0f} MiB, 10,000 {peaks[10_000]:.0f} MiB: {ratio:.3f}× (promised ≤ 1.1)"
+        f"calibration peak: 500 samples {peaks[500]:.0f} MiB, 10,000 {peaks[10_000]:.0f} MiB: "
+        f"{ratio:.3f}× (promised ≤ 1.1)"
     )
 
 

@@ -371,7 +371,29 @@ def _data_warnings(
         out.append(
             f"the test data are prepared differently ({dataset.preprocessing.describe()}) from the calibration data"
         )
-    return out
+    told = _probe(dataset, manifests, progress)
+    return [*out, told] if told else out
+
+
+def _probe(dataset: Dataset, manifests: Mapping[Path, artifact.Manifest], progress: Progress) -> str | None:
+    """Whether a simple change of the preprocessing raises the float artifact's accuracy strongly, and which."""
+    from edgekit import verify
+    from edgekit.binding import output_classes
+    from edgekit.model import Signature, batch_of
+    from edgekit.probe import probe
+
+    found = next(((p, m) for p, m in manifests.items() if m.precision == "float32"), None)
+    if found is None or not dataset.labelled or backends.get(found[1].backend).missing():
+        return None
+    path, manifest = found
+    sig = Signature.from_json(manifest.signature)
+    classes = output_classes(sig)
+    if classes is None:
+        return None
+    progress("probe the preprocessing", 0, 0)
+    with verify.opened(backends.get(manifest.backend), path) as worker:
+        told = probe(worker.infer, dataset.bind(sig), classes, batch=batch_of(sig) or verify.BATCH)
+    return None if told is None else told.message()
 
 
 def _merged(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:

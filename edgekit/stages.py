@@ -43,6 +43,7 @@ class Conversion:
     trust: bool
     progress: Progress
     warnings: list[str] = field(default_factory=list)
+    _probed: bool = False
     _quantized: dict[int, tuple[ir.Model, dict[str, Any], str]] = field(default_factory=dict)
 
     # --- stages ------------------------------------------------------------------------------------
@@ -226,6 +227,17 @@ class Conversion:
             (staging / _RECORD).write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
         return model, record, key
 
+    def _remembered(self, identity: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A stage that is a record and no model."""
+        folder = self.root / ".cache" / artifact.digest_json({**identity, "edgekit": __version__})
+        if not (folder / _RECORD).is_file():
+            self.progress("probe the preprocessing", 0, 0)
+            record = make()
+            with artifact.staged(self.root, folder) as staging:
+                (staging / _RECORD).write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
+        found: dict[str, Any] = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        return found
+
     def _data_digest(self) -> str:
         if self.dataset is None:
             return f"random-{self.samples}-{self.seed}" if self.random_calibration else "seeded"
@@ -244,12 +256,13 @@ class Conversion:
 
     def _check_values(self) -> None:
         """The probe of the preprocessing, once: a wrong scale ruins everything after it."""
-        if self.dataset is None or "probed" in self.__dict__:
+        if self.dataset is None or self._probed:
             return
-        self.__dict__["probed"] = True
+        self._probed = True
         from edgekit.probe import probe_model
 
-        told = probe_model(self.source[0], self.bound)
+        identity = {"step": "probe", "parent": self.source[2], "data": self._data_digest()}
+        told = self._remembered(identity, lambda: {"told": probe_model(self.source[0], self.bound)})["told"]
         if told:
             self.warnings.append(told)
 

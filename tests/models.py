@@ -47,7 +47,7 @@ def cnn_nchw() -> ir.Model:
 
 
 def mobile_nhwc() -> ir.Model:
-    """NHWC input, depthwise, ReLU6, residual add, batch norm, dynamic batch: the MobileNet block as Keras exports it."""
+    """NHWC input, depthwise, ReLU6, residual add, batch norm, dynamic batch: MobileNet as Keras exports it."""
     return _model(
         """mobile (float[batch,10,10,3] x) => (float[batch,4] y) {
           t = Transpose<perm=[0,3,1,2]>(x)

@@ -43,7 +43,7 @@ def test_two_runs_write_the_same_manifest(tmp_path: Path) -> None:
 def test_a_failure_leaves_the_previous_artifact(tmp_path: Path) -> None:
     root = artifact.open_build(tmp_path / "b")
     final = make(root)
-    with pytest.raises(KeyboardInterrupt), artifact.staged(root, final) as folder:
+    with pytest.raises(KeyboardInterrupt), artifact.staged(root, final) as folder:  # noqa: PT012
         (folder / "model.onnx").write_bytes(b"half")
         raise KeyboardInterrupt
     assert artifact.read_manifest(final).files["model.onnx"]["size_bytes"] == 7

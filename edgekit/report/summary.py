@@ -170,7 +170,7 @@ def parity(record: Mapping[str, Any] | None) -> str:
         parts.append(f"{record['max_rel_error']:.0e}")
     if record.get("per_op_max_lsb") is not None:
         parts.append(f"{'≤ ' if record['per_op_max_lsb'] else ''}{record['per_op_max_lsb']} LSB")
-    if record.get("label_agreement") is not None and "max_rel_error" not in record:
+    if record.get("label_agreement") is not None and record.get("max_rel_error") is None:
         parts.append(percentage(record["label_agreement"]))
     text = ", ".join(parts) or NONE
     return f"FAILED ({text})" if record.get("ok") is False else text
