@@ -148,8 +148,12 @@ def _batches(specs: Sequence[Mapping[str, Any]], data: Dataset | None) -> list[T
     sig = Signature(tuple(_spec(s) for s in specs), ())
     fixed = batch_of(sig)
     real = None if data is None else _real(sig, data, fixed or CHECK_SAMPLES)
-    if real is not None and (fixed is None or len(next(iter(real.values()))) == fixed):
-        return [real] if fixed is not None else [real, {name: value[:1] for name, value in real.items()}]
+    if real is not None:
+        samples = len(next(iter(real.values())))
+        if samples == fixed:
+            return [real]
+        if fixed is None:  # a second size shows whether the batch is really free
+            return [real, {k: v[:1] if samples > 1 else np.repeat(v, 3, axis=0) for k, v in real.items()}]
     return [
         {
             s["name"]: seeded_inputs(Signature((_spec(s),), ()), size, seed=i, high=s["high"])[s["name"]]
