@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper, parser
+from onnx.backend.test.case.node import collect_testcases
 from onnx.reference import ReferenceEvaluator
 
 from edgekit import model as M
@@ -247,6 +249,16 @@ def test_integers_are_never_folded() -> None:
         w=np.arange(6, dtype=np.int32).reshape(3, 2), s=np.array([7, 8], np.int32),
     )  # fmt: skip
     assert ops(check(model)) == {"MatMul": 1, "Add": 1}
+
+
+def test_half_precision_stays_half_precision() -> None:
+    """ONNX Runtime computes float16 in float32 on a CPU: it would write casts, and Softmax in pieces, into the file."""
+    model = build(
+        """net (float16[batch,4] x) => (float16[batch,3] y) { a = MatMul(x, w) b = Mul(a, s) c = Identity(b)
+          d = Softmax(c) y = Sqrt(d) }""",
+        w=normal(4, 3).astype(np.float16), s=np.float16(3),
+    )  # fmt: skip
+    assert ops(check(model, tolerance=2e-3)) == {"MatMul": 1, "Mul": 1, "Softmax": 1, "Sqrt": 1}
 
 
 def test_a_quantized_model_is_left_alone() -> None:
@@ -539,6 +551,32 @@ def test_random_chains_with_branches(steps: list[tuple[str, bool, int]], seed: i
             outputs.append(f"float[batch,{','.join(map(str, shape[1:]))}] v{i}")
     model = build(f"net (float[batch,3,4,5] x) => ({', '.join(outputs)}) {{ {' '.join(nodes)} }}", **weights)
     check(model, batch=2, extra=sum(kind == "bn" for kind, *_ in steps), tolerance=2e-5)
+
+
+# --- ONNX's own cases -------------------------------------------------------------------------------
+def expanded_cases() -> list[Any]:
+    """Operators spelled out as graphs by the ONNX project: attention, layer normalization, losses, ...; every sixth."""
+    with warnings.catch_warnings():  # the cases' own arrays are made with overflows
+        warnings.simplefilter("ignore")
+        cases = collect_testcases(None)
+    found = [c for c in cases if c.name.endswith("_expanded") and "bernoulli" not in c.name]
+    return [c for c in found if c.model.opset_import[0].version >= 21][::6]
+
+
+@pytest.mark.parametrize("case", expanded_cases(), ids=lambda c: c.name)
+def test_operators_spelled_out_by_onnx(case: Any) -> None:
+    model = M.from_proto(case.model)
+    inputs = dict(zip((i.name for i in case.model.graph.input), case.data_sets[0][0], strict=True))
+    out = Fold()(model, None)
+    assert len(list(out.graph)) <= len(list(model.graph))
+    assert M.to_bytes(Fold()(out, None)) == M.to_bytes(out)
+    try:
+        want = results(model, inputs, by_runtime=False)
+    except Exception as error:
+        pytest.skip(f"the reference evaluator cannot run it: {error}")
+    for a, b in zip(want, results(out, inputs, by_runtime=False), strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)
 
 
 # --- real models ----------------------------------------------------------------------------------

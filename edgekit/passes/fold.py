@@ -79,10 +79,12 @@ def _tidy(model: ir.Model, *, merge: bool) -> None:
 
     merge: equal nodes and equal weights become one.
     """
+    # onnx_ir warns on stderr of each initializer that it may not merge
+    free = not any(v.is_initializer() for v in (*model.graph.inputs, *model.graph.outputs))
     random = any(n.op_type in _RANDOM for n in _all(model))
     for step in (
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        *([common.DeduplicateInitializersPass(size_limit=2**31)] if merge else []),
+        *([common.DeduplicateInitializersPass(size_limit=2**31)] if merge and free else []),
         *([common.CommonSubexpressionEliminationPass()] if merge and not random else []),
     ):
         step(model)
