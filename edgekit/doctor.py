@@ -27,7 +27,7 @@ _EXTRAS = {
     "keras": "read .keras, .h5 and SavedModel",
     "openvino": "OpenVINO candidates",
     "images": "image folders, --resize",
-    "tables": ".csv labels, .parquet",
+    "tables": ".parquet",
 }
 # Import names, where they are not the distribution's.
 _MODULES = {"pillow": "PIL", "onnx-ir": "onnx_ir"}
