@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+
+from edgekit import backends
 
 CLI = [sys.executable, "-m", "edgekit"]
 CLASSES = 4
@@ -208,6 +211,29 @@ def test_a_file_that_outgrows_the_disk(here: Path) -> None:
     refused(run(*arguments, cwd=here, preexec_fn=limit), 51, "free some space")
     assert no_artifacts(here)
     assert run(*arguments, cwd=here).returncode == 0
+
+
+@pytest.mark.parametrize("backend", backends.BACKENDS)
+def test_every_backend_tells_a_full_disk_from_a_bug(backend: str, here: Path) -> None:
+    """The stages before are in the cache; what fails to be written is the runtime's own file."""
+    remedy = backends.get(backend).missing()
+    if remedy:
+        pytest.skip(f"{backend} is not installed: {remedy}")
+    resource = pytest.importorskip("resource")
+    mlp(here / "wide.onnx", features=600)
+    arguments = ("convert", "wide.onnx", "-t", "only", "--targets", ".", "--precision", "float32")
+    (here / "only.toml").write_text(
+        f'schema = 1\ndescription = "one"\ncandidates = [{{ backend = "{backend}", precision = "float32" }}]\n'
+    )
+    assert run(*arguments, cwd=here).returncode == 0
+    shutil.rmtree(here / "build" / "only")
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+    refused(run(*arguments, cwd=here, preexec_fn=limit), 51, "free some space")
+    assert no_artifacts(here)
 
 
 def test_ctrl_c_leaves_nothing_half_made_and_a_repeat_goes_on(here: Path) -> None:

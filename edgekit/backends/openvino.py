@@ -16,7 +16,7 @@ import onnx_ir as ir
 from edgekit import model as M
 from edgekit.backends.encoding import with_uint8_activations
 from edgekit.backends.saturation import PAIRS, SATURATED_BELOW, probe_operands
-from edgekit.errors import UnsupportedOpError
+from edgekit.errors import DiskError, UnsupportedOpError
 
 NAME = "openvino"
 PRECISIONS = ("float32", "float16", "int8")
@@ -118,7 +118,12 @@ def lower(model: ir.Model, precision: str, folder: Path) -> list[str]:
         model = with_uint8_activations(model)
     read, notes = _read(core, model)
     _simplify(read)
-    ov.save_model(read, str(folder / "model.xml"), compress_to_fp16=precision == "float16")
+    try:
+        ov.save_model(read, str(folder / "model.xml"), compress_to_fp16=precision == "float16")
+    except RuntimeError as error:
+        if "iostream" not in str(error):  # how its C++ stream reports a failed write; the cause is lost
+            raise
+        raise DiskError(f"OpenVINO cannot write into '{folder}'", "free some space or choose another --out") from error
     return notes
 
 
