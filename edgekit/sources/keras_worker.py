@@ -92,7 +92,7 @@ def scan_config(config: Any, name: str, *, trust: bool) -> None:
             )
         module = node.get("module")
         parts = [p for p in str(module or "").split(".") if p != "src"]
-        registered = str(node.get("registered_name") or "")
+        registered = str(node.get("registered_name") or kind)
         if kind == "function" and isinstance(node.get("config"), str):
             registered = node["config"]
         if (module and parts[0] not in _KERAS_ROOTS) or ">" in registered:  # "package>name" is how Keras registers it
@@ -214,7 +214,9 @@ def _deserialize(path: Path, name: str, trust: bool) -> Any:
         text = _line(error)
         if any(sign in str(error) for sign in ("Could not locate", "Unknown layer", "Unknown object")):
             raise Refused(
-                "UnsupportedOpError", f"'{name}' needs code that is not in the file: {text}", "export it to ONNX"
+                "UnsupportedOpError",
+                f"'{name}' needs code that is not in the file: {text.split('. ')[0]}",
+                "export it to ONNX",
             ) from error
         if "safe_mode" in str(error) or "Lambda" in str(error):
             raise Refused(
