@@ -413,5 +413,7 @@ def inspect(
 ) -> dict[str, Any]:
     """Signature, operators, parameters, MACs, activation memory, and which backends can take the model."""
     from edgekit.inspection import inspect as examine
+    from edgekit.passes.fold import Fold
 
-    return examine(load(model, shapes=shapes, trust=trust).model)
+    loaded = load(model, shapes=shapes, trust=trust).model
+    return examine(loaded, Fold()(loaded, None))

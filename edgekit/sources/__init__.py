@@ -72,17 +72,18 @@ def load(
         original = onnx_source.read(path)
         batches: list[M.Tensors] | None = None
         expected: list[M.Tensors] | None = None
+        checked_on: str = "seeded"
         versions = {"onnx": version("onnx"), "onnxruntime": backends.get("onnxruntime").version()}
     else:
         from edgekit.sources import keras
 
         done = keras.convert(path, kind, shapes=shapes or {}, trust=trust, data=data, progress=progress)
         original, batches, expected, versions = done.proto, list(done.inputs), list(done.outputs), done.versions
+        checked_on = done.checked_on
         onnx_source.check(original, path)
     upgraded = onnx_source.upgrade(original, dict(shapes or {}), path)
     model = ir.from_proto(upgraded)
     sig = M.signature(model)
-    checked_on = "real" if data is not None else "seeded"
     if batches is None:
         progress("check the import against the original")
         batches = list(_real_inputs(sig, data)) if data is not None else []

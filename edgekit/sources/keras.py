@@ -44,13 +44,14 @@ class Converted:
     proto: opset 18 as tf2onnx wrote it; inputs and outputs have the original's names, a free batch is called "batch".
     inputs: the batches that the original was run on, by input name: float32 or integer, batch first.
     outputs: the original's own results on them, by output name.
-    versions: of python, tensorflow, keras, tf2onnx.
+    versions: of python, tensorflow, keras, tf2onnx. checked_on: what the inputs are.
     """
 
     proto: onnx.ModelProto
     inputs: tuple[Tensors, ...]
     outputs: tuple[Tensors, ...]
     versions: dict[str, str]
+    checked_on: Literal["real", "seeded"]
 
 
 def convert(
@@ -81,14 +82,15 @@ def convert(
             }
         )
         specs = worker.until("signature", progress)
-        batches = _batches(specs, data)
+        real = _real_batches(specs, data)
+        batches = real or _seeded_batches(specs)
         names = [_save(work / f"batch{i}.npz", specs, batch) for i, batch in enumerate(batches)]
         worker.say({"batches": names})
         done = worker.until("done", progress)
         proto = onnx.load(str(work / done["model"]))
         results = tuple(_load(work / name, done["names"]) for name in done["outputs"])
     _shape_outputs(proto, batches, results)
-    return Converted(proto, tuple(batches), results, done["versions"])
+    return Converted(proto, tuple(batches), results, done["versions"], "real" if real else "seeded")
 
 
 # --- before any process is started ----------------------------------------------------------------------------------
@@ -143,17 +145,23 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 # --- what the original is run on ------------------------------------------------------------------------------------
-def _batches(specs: Sequence[Mapping[str, Any]], data: Dataset | None) -> list[Tensors]:
-    """Real samples, all together and one alone; without, seeded ones. One size only where the batch is fixed."""
+def _real_batches(specs: Sequence[Mapping[str, Any]], data: Dataset | None) -> list[Tensors]:
+    """Real samples, all together and one alone; one size only where the batch is fixed, none if it is not filled."""
     sig = Signature(tuple(_spec(s) for s in specs), ())
     fixed = batch_of(sig)
     real = None if data is None else _real(sig, data, fixed or CHECK_SAMPLES)
-    if real is not None:
-        samples = len(next(iter(real.values())))
-        if samples == fixed:
-            return [real]
-        if fixed is None:  # a second size shows whether the batch is really free
-            return [real, {k: v[:1] if samples > 1 else np.repeat(v, 3, axis=0) for k, v in real.items()}]
+    if real is None:
+        return []
+    samples = len(next(iter(real.values())))
+    if fixed is not None:
+        return [real] if samples == fixed else []
+    # a second size shows whether the batch is really free
+    return [real, {k: v[:1] if samples > 1 else np.repeat(v, 3, axis=0) for k, v in real.items()}]
+
+
+def _seeded_batches(specs: Sequence[Mapping[str, Any]]) -> list[Tensors]:
+    """Seeded samples, at two sizes where the batch is free."""
+    fixed = batch_of(Signature(tuple(_spec(s) for s in specs), ()))
     return [
         {
             s["name"]: seeded_inputs(Signature((_spec(s),), ()), size, seed=i, high=s["high"])[s["name"]]
