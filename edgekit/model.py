@@ -5,6 +5,7 @@ A *model* everywhere in edgekit is an `onnx_ir.Model`, opset >= 21, with named, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +158,20 @@ def constant(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
         return None
     tensor = ir.convenience.get_const_tensor(value)
     return None if tensor is None else tensor.numpy()
+
+
+def runtime_version() -> str:
+    """Version of the ONNX Runtime that computes the float results."""
+    import onnxruntime as ort
+
+    return str(ort.__version__)
+
+
+def runtime_message(error: BaseException) -> str:
+    """ONNX Runtime's message in one line, without its code prefix and source location."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    return re.sub(r"/\S+/onnxruntime/\S+ ", "", text)
 
 
 class FloatSession:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -147,6 +148,9 @@ class Conversion:
                 "target": target.name,
                 "runtime": backend.version(),
                 "data": self._data_digest(),
+                # the encoding is chosen for, and the proof holds on, this kind of CPU
+                "machine": platform.machine(),
+                "saturates": backend.saturates(),
                 "edgekit": __version__,
             }
         )
@@ -306,4 +310,5 @@ def _current(final: Path, identity: str) -> artifact.Manifest | None:
 def _tools() -> dict[str, str]:
     from importlib.metadata import version
 
-    return {"edgekit": __version__, **{name: version(name) for name in ("onnx", "onnx-ir", "numpy")}}
+    packages = {name: version(name) for name in ("onnx", "onnx-ir", "numpy")}
+    return {"edgekit": __version__, "onnxruntime": M.runtime_version(), **packages}

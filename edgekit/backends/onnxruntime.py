@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import platform
-import re
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _installed
 from importlib.util import find_spec
@@ -40,15 +39,8 @@ def refuses(model: ir.Model) -> list[str]:
     try:
         M.FloatSession(model, optimize=False, threads=1)
     except Exception as error:
-        return [first_line(error)]
+        return [M.runtime_message(error)]
     return []
-
-
-def first_line(error: BaseException) -> str:
-    """ONNX Runtime's message without its code prefix and source location."""
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
-    return re.sub(r"/\S+/onnxruntime/\S+ ", "", text)
 
 
 @functools.cache

@@ -62,7 +62,6 @@ def load(
     """
     from importlib.metadata import version
 
-    from edgekit import backends
     from edgekit.sources import onnx as onnx_source
 
     kind = kind_of(path)
@@ -73,7 +72,7 @@ def load(
         batches: list[M.Tensors] | None = None
         expected: list[M.Tensors] | None = None
         checked_on: str = "seeded"
-        versions = {"onnx": version("onnx"), "onnxruntime": backends.get("onnxruntime").version()}
+        versions = {"onnx": version("onnx"), "onnxruntime": M.runtime_version()}
     else:
         from edgekit.sources import keras
 
@@ -207,13 +206,15 @@ def _seeded_inputs(model: ir.Model, sig: M.Signature) -> list[M.Tensors]:
 
 def _run_original(original: ModelProto, sig: M.Signature, batches: list[M.Tensors], path: Path) -> Iterator[M.Tensors]:
     """The original file's own results in ONNX Runtime, unoptimized, at its own opset."""
-    from edgekit.backends.onnxruntime import first_line
     from edgekit.errors import UnsupportedOpError
 
     try:
         session = M.FloatSession(ir.from_proto(original), optimize=False)
     except Exception as error:
-        raise UnsupportedOpError(f"'{path.name}': {first_line(error)}", "edgekit needs a model that runs") from error
+        what = f"'{path.name}': {M.runtime_message(error)}"
+        raise UnsupportedOpError(what, "edgekit needs a model that runs") from error
+            f"'{path.name}': {M.runtime_message(error)}", "edgekit needs a model that runs"
+        ) from error
     for inputs in batches:
         try:
             yield session.run(inputs)
@@ -221,7 +222,7 @@ def _run_original(original: ModelProto, sig: M.Signature, batches: list[M.Tensor
             raise
         except Exception as error:
             raise ShapeError(
-                f"'{path.name}' does not run on inputs of its own signature: {first_line(error)}",
+                f"'{path.name}' does not run on inputs of its own signature: {M.runtime_message(error)}",
                 "fix the size with --shape NAME=...",
             ) from error
 
