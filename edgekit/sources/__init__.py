@@ -213,8 +213,6 @@ def _run_original(original: ModelProto, sig: M.Signature, batches: list[M.Tensor
     except Exception as error:
         what = f"'{path.name}': {M.runtime_message(error)}"
         raise UnsupportedOpError(what, "edgekit needs a model that runs") from error
-            f"'{path.name}': {M.runtime_message(error)}", "edgekit needs a model that runs"
-        ) from error
     for inputs in batches:
         try:
             yield session.run(inputs)
