@@ -307,14 +307,18 @@ def _entry(path: Path, manifest: artifact.Manifest) -> Any:
 
 
 def _threads(given: Sequence[str | int]) -> tuple[int | Any, ...]:
+    """Counts as asked for, none above what this machine has: more threads than cores measure the scheduler."""
+    import os
+
     out: list[int | str] = []
+    most = os.cpu_count() or 1
     for value in given:
         if value == "all":
             out.append("all")
-        elif str(value).isdigit() and int(value) > 0:
+        elif str(value).isdecimal() and 1 <= int(value) <= most:
             out.append(int(value))
         else:
-            raise UsageError(f"--threads {value}", 'give a number from 1 or "all"')
+            raise UsageError(f"--threads {value}", f'give a number from 1 to {most} (the cores here) or "all"')
     return tuple(out)
 
 

@@ -194,6 +194,8 @@ def test_bench_and_report_without_a_build(here: Path) -> None:
     assert run("convert", "m.onnx", "--data", "d.npz", "--precision", "float32", cwd=here).returncode == 0
     refused(run("report", "build", cwd=here), 52, "edgekit bench")
     refused(run("bench", "build", "-t", "openvino", cwd=here), 52, "openvino")
+    for threads in ("0", "-1", "many", "100000"):
+        refused(run("bench", "build", f"--threads={threads}", cwd=here), 2, threads, "all")
 
 
 def test_a_file_that_outgrows_the_disk(here: Path) -> None:
