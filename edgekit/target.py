@@ -38,8 +38,6 @@ class CandidateSpec:
 class Target:
     """A device profile.
 
-    host: "local" when this machine is the device, "ssh" when it is reached over ssh.
-    arch: machine names as `platform.machine()` gives them; empty means any.
     threads: thread counts to measure with; "all" is every physical core that the process may use.
     weight_bits: 7 where u8×s8 kernels saturate, 8 elsewhere; "auto" asks each backend's measured probe on this machine.
     """
@@ -47,14 +45,12 @@ class Target:
     name: str
     description: str
     candidates: tuple[CandidateSpec, ...]
-    host: Literal["local", "ssh"] = "local"
-    arch: tuple[str, ...] = ()
     threads: tuple[int | Literal["all"], ...] = (1, "all")
     weight_bits: Literal["auto", 7, 8] = "auto"
     path: Path | None = field(default=None, compare=False)
 
 
-_KEYS = {"schema", "name", "description", "host", "arch", "threads", "weight_bits", "candidates"}
+_KEYS = {"schema", "name", "description", "threads", "weight_bits", "candidates"}
 _CANDIDATE_KEYS = {"backend", "precision"}
 
 
@@ -109,8 +105,6 @@ def read_target(path: Path) -> Target:
         name=path.stem,
         description=_choice(path, "description", data["description"], str),
         candidates=_candidates(path, data["candidates"]),
-        host=_one_of(path, "host", data.get("host", "local"), ("local", "ssh")),
-        arch=tuple(data.get("arch", ())),
         threads=_threads(path, data.get("threads", [1, "all"])),
         weight_bits=_one_of(path, "weight_bits", data.get("weight_bits", "auto"), ("auto", 7, 8)),
         path=path,
@@ -127,20 +121,30 @@ def _threads(path: Path, rows: Any) -> tuple[int | Literal["all"], ...]:
 
 
 def _candidates(path: Path, rows: Any) -> tuple[CandidateSpec, ...]:
-    from edgekit.backends import BACKENDS
-
     if not isinstance(rows, list) or not rows:
         raise TargetFileError(f"target file '{path}' has no [[candidates]]", "add at least one backend and precision")
     out = []
     for row in rows:
-        _check_keys(path, row, _CANDIDATE_KEYS, required=_CANDIDATE_KEYS)
-        out.append(
-            CandidateSpec(
-                _one_of(path, "backend", row["backend"], tuple(BACKENDS)),
-                _one_of(path, "precision", row["precision"], PRECISIONS),
+        if not isinstance(row, dict):
+            raise TargetFileError(
+                f"target file '{path}': candidate {row!r} is no table", "give { backend = ..., precision = ... }"
             )
-        )
+        _check_keys(path, row, _CANDIDATE_KEYS, required=_CANDIDATE_KEYS)
+        out.append(_candidate(path, row))
     return tuple(out)
+
+
+def _candidate(path: Path, row: dict[str, Any]) -> CandidateSpec:
+    from edgekit import backends
+
+    backend = _one_of(path, "backend", row["backend"], tuple(backends.BACKENDS))
+    precision = _one_of(path, "precision", row["precision"], PRECISIONS)
+    offered = backends.get(backend).PRECISIONS
+    if precision not in offered:
+        raise TargetFileError(
+            f"target file '{path}': {backend} has no precision '{precision}'", "it offers " + ", ".join(offered)
+        )
+    return CandidateSpec(backend, precision)
 
 
 def _check_keys(path: Path, data: dict[str, Any], known: set[str], required: set[str]) -> None:
@@ -154,7 +158,7 @@ def _check_keys(path: Path, data: dict[str, Any], known: set[str], required: set
 
 
 def _one_of(path: Path, key: str, value: Any, allowed: Sequence[Any]) -> Any:
-    if value not in allowed:
+    if not any(value == a and type(value) is type(a) for a in allowed):
         raise TargetFileError(
             f"target file '{path}': {key} = {value!r}", "one of " + ", ".join(repr(a) for a in allowed)
         )

@@ -42,6 +42,12 @@ def test_a_users_folder_wins_over_the_shipped_one(tmp_path: Path) -> None:
         (GOOD + "weight_bits = 6\n", "weight_bits = 6"),
         (GOOD + "threads = 4\n", "threads = 4"),
         (GOOD + "threads = [0]\n", "threads = 0"),
+        (GOOD.replace("int8", "float16"), "onnxruntime has no precision 'float16' — it offers float32, int8"),
+        ('schema = 1\ndescription = "x"\ncandidates = [1]\n', "candidate 1 is no table"),
+        (GOOD.replace('"int8"', "8"), "precision = 8"),
+        (GOOD + "weight_bits = 8.0\n", "weight_bits = 8.0"),
+        (GOOD + 'arch = "x86_64"\n', "unknown key 'arch'"),
+        (GOOD + 'host = "ssh"\n', "unknown key 'host'"),
     ],
 )
 def test_a_bad_profile_gets_one_line(tmp_path: Path, text: str, message: str) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 import onnxruntime as ort
 
 MODEL_FILE = "model.onnx"
-OPTIONS_FILE = "session.json"  # session config entries that the lowering found to be needed
 
 
 def version() -> str:
@@ -28,11 +27,6 @@ class Session:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        config = os.path.join(folder, OPTIONS_FILE)
-        if os.path.exists(config):
-            with open(config, encoding="utf-8") as file:
-                for key, value in json.load(file).items():
-                    options.add_session_config_entry(key, value)
         # A pool that is told to stop spinning between runs leaves the cores to whoever is measured next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if profile:
