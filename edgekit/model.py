@@ -160,6 +160,19 @@ def constant(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
     return None if tensor is None else tensor.numpy()
 
 
+def difference(want: np.ndarray[Any, Any], got: np.ndarray[Any, Any]) -> float:
+    """Largest |want - got| / max |want|; infinite for another shape, integer or bool, and for NaN or Inf misplaced."""
+    if want.shape != got.shape:
+        return float("inf")
+    if not np.issubdtype(want.dtype, np.floating):
+        return 0.0 if np.array_equal(want, got) else float("inf")
+    finite = np.isfinite(want)
+    if not np.array_equal(finite, np.isfinite(got)) or not np.array_equal(want[~finite], got[~finite], equal_nan=True):
+        return float("inf")
+    scale = float(np.abs(want[finite]).max(initial=0)) or 1.0
+    return float(np.abs(want[finite].astype(np.float64) - got[finite]).max(initial=0)) / scale
+
+
 def runtime_version() -> str:
     """Version of the ONNX Runtime that computes the float results."""
     import onnxruntime as ort

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edgekit import artifact, backends
 from edgekit.errors import (
     ArtifactError,
+    ConversionMismatchError,
     MissingExtraError,
     NoCalibrationDataError,
     PrecisionError,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from edgekit.model import Signature
     from edgekit.preprocessing import Preprocessing
     from edgekit.sources import Source
+    from edgekit.stages import Conversion
 
 CONVERT_SCHEMA = 1  # 1: first
 
@@ -91,6 +93,8 @@ def convert(
             "int8 needs calibration data",
             "pass --data FILE (a few hundred samples), or --precision float32, or --random-calibration",
         )
+    if random_calibration and data is not None:
+        raise UsageError("--random-calibration and --data exclude each other", "leave one of them out")
     dataset = _open(data, preprocessing, label_column, labels)
     root = artifact.open_build(Path(out))
     job = Conversion(
@@ -100,28 +104,33 @@ def convert(
         samples=samples,
         calibration=calibration,
         keep_float=tuple(keep_float),
-        random_calibration=random_calibration and data is None,
+        random_calibration=random_calibration,
         seed=seed,
         shapes=dict(shapes or {}),
         trust=trust,
         progress=progress,
     )
-    rows = []
-    for item in work:
-        row: dict[str, Any] = {"target": item.target.name, "candidate": item.candidate.id}
-        if item.skipped:
-            rows.append({**row, "status": "not run", "why": item.skipped})
-            continue
-        bits = _weight_bits(item.target, work, weight_bits)
-        try:
-            rows.append({**row, **job.candidate(item.target, item.candidate, bits)})
-        except UnsupportedOpError as error:
-            rows.append({**row, "status": "not run", "why": error.what})
+    job.check_names()  # reads the model: what is wrong with it is said once, not for each candidate
+    rows = [_make(job, item, _weight_bits(item.target, work, weight_bits)) for item in work]
     if all(r["status"] == "not run" for r in rows):
-        raise UnsupportedOpError(
-            "no candidate could be made: " + "; ".join(f"{r['candidate']}: {r['why']}" for r in rows)
-        )
+        raise UnsupportedOpError("; ".join(f"{r['candidate']}: {r['why']}" for r in rows), "no candidate could be made")
+    if all(r["status"] in ("not run", "invalid") for r in rows):
+        wrong = [f"{r['candidate']}: {', '.join(r['parity']['reasons'])}" for r in rows if r["status"] == "invalid"]
+        raise ConversionMismatchError("no artifact is right: " + "; ".join(wrong), "please report this model")
+    job.retire_others()
     return {"schema": CONVERT_SCHEMA, "build": str(root), **job.summary(), "artifacts": rows}
+
+
+def _make(job: Conversion, item: _Work, bits: int) -> dict[str, Any]:
+    """The row of one candidate: made, reused, invalid (proved wrong, kept for inspection, never shipped) or not run."""
+    row: dict[str, Any] = {"target": item.target.name, "candidate": item.candidate.id}
+    if item.skipped:
+        return {**row, "status": "not run", "why": item.skipped}
+    try:
+        return {**row, **job.candidate(item.target, item.candidate, bits)}
+    except UnsupportedOpError as error:
+        job.retire(item.target.name, item.candidate.id)
+        return {**row, "status": "not run", "why": error.what}
 
 
 def _as_list(names: Sequence[str] | str) -> list[str]:
@@ -152,8 +161,9 @@ def _plan_work(targets: Sequence[Target], precisions: Sequence[str]) -> list[_Wo
                 install = backends.get(candidate.backend).missing()
                 why = f"needs {candidate.backend}: {install}" if install else ""
                 work.append(_Work(target, candidate, why))
-        if all(w.skipped for w in work if w.target is target):
-            raise MissingExtraError(f"no runtime of target '{target.name}' is installed", work[-1].skipped)
+    if all(w.skipped for w in work):
+        names = ", ".join(f"'{t.name}'" for t in targets)
+        raise MissingExtraError(f"no runtime of target {names} is installed", work[-1].skipped)
     return work
 
 
@@ -276,6 +286,8 @@ def _manifests(root: Path, targets: Sequence[str]) -> dict[Path, artifact.Manife
             )
     if not found:
         raise ArtifactError(f"build '{root}' holds no artifact", "run `edgekit convert MODEL` first")
+    if len({m.source["sha256"] for m in found.values()}) > 1:
+        raise ArtifactError(f"build '{root}' holds artifacts of different models", "convert again")
     order = {name: i for i, name in enumerate(backends.BACKENDS)}
     ranked = sorted(found.items(), key=lambda p: (p[1].target, PRECISIONS.index(p[1].precision), order[p[1].backend]))
     return {path: m for path, m in ranked if not targets or m.target in targets}
@@ -291,6 +303,8 @@ def _entry(path: Path, manifest: artifact.Manifest) -> Any:
     install = backend.missing()
     if install:
         problems = (*problems, f"not run: needs {manifest.backend}: {install}")
+    elif _proved_elsewhere(manifest) and backend.saturates():
+        problems = (*problems, "proved on a CPU whose int8 kernels do not saturate, as this one's do: convert it here")
     return Entry(
         target=manifest.target,
         backend=manifest.backend,
@@ -304,6 +318,12 @@ def _entry(path: Path, manifest: artifact.Manifest) -> Any:
         problems=problems,
         notes=manifest.notes,
     )
+
+
+def _proved_elsewhere(manifest: artifact.Manifest) -> bool:
+    """An int8 artifact with full-range weights whose proof holds where u8×s8 products are exact."""
+    bits = (manifest.quantization or {}).get("weight_bits")
+    return bits == 8 and (manifest.parity or {}).get("saturates") is False
 
 
 def _threads(given: Sequence[str | int]) -> tuple[int | Any, ...]:
@@ -359,8 +379,11 @@ def _data_warnings(
     dataset: Dataset | None, manifests: Mapping[Path, artifact.Manifest], progress: Progress
 ) -> list[str]:
     """What a reader must know of the data before trusting a figure."""
+    from edgekit.model import Signature
+
     out = []
     first = next(iter(manifests.values()))
+    sig = Signature.from_json(first.signature)
     calibration = next((m.calibration for m in manifests.values() if m.calibration), None)
     if calibration and calibration["random"]:
         out.append("int8 was calibrated on random inputs: its accuracy says little about real calibration data")
@@ -368,7 +391,7 @@ def _data_warnings(
         return out
     progress("compare calibration and test data", 0, 0)
     if calibration:
-        shared = len(set(calibration["sample_ids"]) & set(dataset.sample_ids()))
+        shared = len(set(calibration["sample_ids"]) & set(dataset.bind(sig).sample_ids()))
         if shared:
             out.append(f"{shared} of the {dataset.samples} test samples were also used for calibration")
     if first.preprocessing is not None and first.preprocessing != dataset.preprocessing.to_json():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +17,7 @@ import onnx_ir as ir
 
 from edgekit import __version__, artifact, backends
 from edgekit import model as M
-from edgekit.errors import ArtifactError, ConversionMismatchError, NonFiniteError
+from edgekit.errors import ArtifactError, ConversionMismatchError, NonFiniteError, UsageError
 from edgekit.report.progress import Progress
 from edgekit.target import CandidateSpec, Target
 
@@ -24,8 +26,9 @@ if TYPE_CHECKING:
     from edgekit.passes.plan import QuantizationPlan
 
 FOLD_BOUND = 1e-4  # of the largest output: float32 rounding through a deep network; the issue's own bound
+FOLD_SAMPLES = 32
 VERIFY_SAMPLES = 256  # label agreement in steps of 0.4 points
-_ONNX, _RECORD = "model.onnx", "record.json"
+_ONNX, _RECORD, _SHA256 = "model.onnx", "record.json", "model_sha256"
 
 
 @dataclass
@@ -59,6 +62,7 @@ class Conversion:
             "shapes": {k: list(v) for k, v in self.shapes.items()},
             "trust": self.trust,
             "tools": _tools(),
+            "keras": sources.keras_tools(),
         }
 
         def make() -> tuple[ir.Model, dict[str, Any]]:
@@ -151,7 +155,7 @@ class Conversion:
                 # the encoding is chosen for, and the proof holds on, this kind of CPU
                 "machine": platform.machine(),
                 "saturates": backend.saturates(),
-                "edgekit": __version__,
+                "code": _code(),
             }
         )
         final = self.root / target.name / spec.id
@@ -168,6 +172,8 @@ class Conversion:
             status = "made"
         else:
             status = "reused"
+        if not (manifest.parity or {}).get("ok", True):
+            status = "invalid"
         return {
             "status": status,
             "path": str(final),
@@ -211,6 +217,32 @@ class Conversion:
             notes=tuple(notes),
         )
 
+    def check_names(self) -> None:
+        """Import and clean up the model; raises UsageError for a `keep_float` that names no node."""
+        import difflib
+
+        known = [n.name or "" for n in self.folded[0].graph]
+        for name in self.keep_float:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else "`edgekit inspect --layers` lists them"
+                raise UsageError(f"--keep-float: no node '{name}' in the cleaned-up model", hint)
+
+    def retire(self, target: str, candidate: str) -> None:
+        """Remove an artifact that this run could not make: what stands there belongs to an earlier one."""
+        shutil.rmtree(self.root / target / candidate, ignore_errors=True)
+
+    def retire_others(self) -> None:
+        """Remove artifacts of another model from the build: measured beside this one they would be compared with it."""
+        for folder in artifact.artifacts(self.root):
+            try:
+                same = artifact.read_manifest(folder, verify=False).source["sha256"] == self.source[1]["sha256"]
+            except ArtifactError:
+                same = False
+            if not same:
+                self.warnings.append(f"removed {folder}: made from another model")
+                shutil.rmtree(folder, ignore_errors=True)
+
     def summary(self) -> dict[str, Any]:
         """What the user should read besides the artifacts."""
         return {"source": self.source[1], "fold": self.folded[1], "warnings": self.warnings}
@@ -220,32 +252,35 @@ class Conversion:
         self, title: str, identity: Mapping[str, Any], make: Callable[[], tuple[ir.Model, dict[str, Any]]]
     ) -> tuple[ir.Model, dict[str, Any], str]:
         """Load a stage from the cache or make it; a stage appears under its key only when it is whole."""
-        key = artifact.digest_json({**identity, "edgekit": __version__})
+        key = artifact.digest_json({**identity, "code": _code()})
         folder = self.root / ".cache" / key
-        if (folder / _RECORD).is_file():
-            return ir.load(folder / _ONNX), json.loads((folder / _RECORD).read_text(encoding="utf-8")), key
+        record = _read_record(folder)
+        if record is not None and record.pop(_SHA256, None) == _digest(folder / _ONNX):
+            return ir.load(folder / _ONNX), record, key
         self.progress(title, 0, 0)
         model, record = make()
         with artifact.staged(self.root, folder) as staging:
             M.save(model, staging / _ONNX)
-            (staging / _RECORD).write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
+            kept = {**record, _SHA256: _digest(staging / _ONNX)}
+            (staging / _RECORD).write_text(json.dumps(kept, allow_nan=False), encoding="utf-8")
         return model, record, key
 
     def _remembered(self, identity: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A stage that is a record and no model."""
-        folder = self.root / ".cache" / artifact.digest_json({**identity, "edgekit": __version__})
-        if not (folder / _RECORD).is_file():
+        folder = self.root / ".cache" / artifact.digest_json({**identity, "code": _code()})
+        record = _read_record(folder)
+        if record is None:
             self.progress("probe the preprocessing", 0, 0)
             record = make()
             with artifact.staged(self.root, folder) as staging:
                 (staging / _RECORD).write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
-        found: dict[str, Any] = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-        return found
+        return record
 
     def _data_digest(self) -> str:
         if self.dataset is None:
             return f"random-{self.samples}-{self.seed}" if self.random_calibration else "seeded"
-        return f"{self.dataset.digest}-{self.samples}-{self.seed}"
+        # of the data as the model takes them: what it does not read does not count, and what it reads does
+        return f"{self.bound.digest}-{self.samples}-{self.seed}"
 
     def _calibration_record(self) -> dict[str, Any]:
         chosen = self.calibration_set
@@ -272,22 +307,18 @@ class Conversion:
 
     def _difference(self, before: ir.Model, after: ir.Model) -> float:
         """Largest difference of any output relative to the largest value of that output; refuses above FOLD_BOUND."""
+        from edgekit import verify
+
         left, right = M.FloatSession(before, optimize=False), M.FloatSession(after, optimize=False)
         worst = 0.0
-        batch = M.batch_of(M.signature(before)) or 8
-        for part in self.bound.take(32, self.seed).batches(batch):
-            if M.batch_of(M.signature(before)) not in (None, len(part.index)):
-                continue
-            reference, got = left.run(part.inputs), right.run(part.inputs)
+        for inputs in verify.batches(self.bound.take(FOLD_SAMPLES, self.seed), before):
+            reference, got = left.run(inputs), right.run(inputs)
             for name, value in reference.items():
-                if not np.issubdtype(value.dtype, np.floating):
-                    continue
-                if not np.all(np.isfinite(value)):
+                if np.issubdtype(value.dtype, np.floating) and np.isnan(value).any():
                     raise NonFiniteError(
-                        f"output '{name}' of the float model is NaN or Inf on these data", "check the data's scale"
+                        f"output '{name}' of the float model is NaN on these data", "check the data's scale"
                     )
-                scale = float(np.abs(value).max()) or 1.0
-                worst = max(worst, float(np.abs(value - got[name]).max()) / scale)
+                worst = max(worst, M.difference(value, got[name]))
         if worst > FOLD_BOUND:
             raise ConversionMismatchError(
                 f"cleaning up the graph changed its result by {worst:.1e} (bound {FOLD_BOUND:.0e})",
@@ -305,6 +336,26 @@ def _current(final: Path, identity: str) -> artifact.Manifest | None:
     except ArtifactError:
         return None  # damaged or of an older schema: made anew
     return manifest if manifest.identity == identity else None
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    """A cached stage's record; None if there is none or it is damaged, so that the stage is made anew."""
+    try:
+        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _digest(path: Path) -> str:
+    return artifact.digest_file(path) if path.is_file() else ""
+
+
+@functools.cache
+def _code() -> str:
+    """Digest of edgekit's own source: another version of a stage is another stage, released or not."""
+    home = Path(__file__).parent
+    return artifact.digest_json({str(p.relative_to(home)): artifact.digest_file(p) for p in sorted(home.rglob("*.py"))})
 
 
 def _tools() -> dict[str, str]:

@@ -6,6 +6,7 @@ original and refused if it differs.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -160,6 +161,22 @@ def _content(path: Path) -> str | None:
     return "onnx" if head[0] == 0x08 and len(head) > 2 and head[2] in (0x12, 0x3A, 0x42, 0x1A) else None
 
 
+def keras_tools() -> dict[str, str]:
+    """What would read a Keras model: the other interpreter if one is named, else the versions installed here."""
+    import os
+    from importlib.metadata import PackageNotFoundError, version
+
+    from edgekit.sources.keras import PYTHON_VARIABLE
+
+    if os.environ.get(PYTHON_VARIABLE):
+        return {"python": os.environ[PYTHON_VARIABLE]}
+    found = {}
+    for name in ("tensorflow", "keras", "tf2onnx"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def digest_path(path: Path) -> str:
     """sha256 of a file, or of the names and contents of a folder; of an ONNX file, its external data too."""
     if not path.exists():
@@ -246,14 +263,8 @@ def _difference(name: str, want: np.ndarray[Any, Any], got: np.ndarray[Any, Any]
         raise ConversionMismatchError(
             f"output '{name}' has shape {got.shape}, not {want.shape}", "please report this model"
         )
-    if not np.issubdtype(want.dtype, np.floating):
-        return 0.0 if np.array_equal(want, got) else float("inf")
-    if np.isnan(want).any():
+    if np.issubdtype(want.dtype, np.floating) and np.isnan(want).any():
         raise NonFiniteError(
             f"output '{name}' of the model is NaN on the checked inputs", "check the weights and the data"
         )
-    finite = np.isfinite(want)
-    if not np.array_equal(finite, np.isfinite(got)) or not np.array_equal(want[~finite], got[~finite]):
-        return float("inf")
-    scale = float(np.abs(want[finite]).max(initial=0)) or 1.0
-    return float(np.abs(want[finite].astype(np.float64) - got[finite]).max(initial=0)) / scale
+    return M.difference(want, got)
