@@ -13,19 +13,33 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgekit import backends
 from edgekit.errors import ArtifactError, DiskError, OutputExistsError
+from edgekit.target import PRECISIONS
 
 MANIFEST_SCHEMA = 1  # 1: first
 BUILD_SCHEMA = 1  # 1: first
 MANIFEST = "manifest.json"
 _MARKER = ".edgekit"
 _STAGING = ".staging-"
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+_NO_ROOM = "free some space or choose another --out; what was done is kept"
+_NO_RIGHT = "choose another --out, one that you may write to; what was done is kept"
+_DISK_ERRORS = {errno.ENOSPC: _NO_ROOM, errno.EDQUOT: _NO_ROOM, errno.EFBIG: _NO_ROOM} | {
+    errno.EROFS: _NO_RIGHT,
+    errno.EACCES: _NO_RIGHT,
+    errno.EPERM: _NO_RIGHT,
+}
+# only where the path is the user's own: inside a stage these would hide a bug
+_PATH_ERRORS = {
+    errno.ENOENT: "make the folder first, or choose another --out",
+    errno.ENOTDIR: "a part of the path is a file; choose another --out",
+    errno.EISDIR: "it is a folder; give a file's name",
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,10 @@ class Manifest:
         return out
 
     @staticmethod
-    def from_json(data: Mapping[str, Any], where: Path) -> Manifest:
+    def from_json(data: Any, where: Path) -> Manifest:
+        """The inverse of `to_json`. Raises ArtifactError, naming the field that is missing or of the wrong kind."""
+        if not isinstance(data, dict):
+            raise ArtifactError(f"'{where}' holds no manifest: {_short(data)}", "convert again")
         if data.get("schema") != MANIFEST_SCHEMA:
             raise ArtifactError(
                 f"'{where}' has schema {data.get('schema')!r}",
@@ -80,8 +97,75 @@ class Manifest:
             fields = {k: data[k] for k in Manifest.__dataclass_fields__}
         except KeyError as error:
             raise ArtifactError(f"'{where}' lacks {error}", "convert again") from error
+        for key, value in fields.items():
+            if not _FIELDS[key](value):
+                raise ArtifactError(f"'{where}': {key} = {_short(value)}", "it is damaged; convert again")
         fields["parents"], fields["notes"] = tuple(fields["parents"]), tuple(fields["notes"])
         return Manifest(**fields)
+
+
+# --- what a manifest's fields must be --------------------------------------------------------------
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_text, value))
+
+
+def _table(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _table_or_none(value: Any) -> bool:
+    return value is None or _table(value)
+
+
+def _tensors(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            _table(t)
+            and _text(t.get("name"))
+            and _text(t.get("dtype"))
+            and isinstance(t.get("shape"), list)
+            and all(isinstance(size, int | str) for size in t["shape"])
+            for t in value
+        )
+    )
+
+
+def _calibration(value: Any) -> bool:
+    return value is None or (
+        _table(value) and isinstance(value.get("random"), bool) and isinstance(value.get("sample_ids"), list)
+    )
+
+
+_FIELDS: Mapping[str, Callable[[Any], bool]] = {
+    "target": _text,
+    "backend": lambda value: _text(value) and value in backends.BACKENDS,
+    "precision": lambda value: _text(value) and value in PRECISIONS,
+    "identity": _text,
+    "signature": lambda value: _table(value) and _tensors(value.get("inputs")) and _tensors(value.get("outputs")),
+    "source": _table,
+    "parents": _texts,
+    "files": lambda value: (
+        _table(value)
+        and all(_table(f) and _text(f.get("sha256")) and isinstance(f.get("size_bytes"), int) for f in value.values())
+    ),
+    "preprocessing": _table_or_none,
+    "calibration": _calibration,
+    "quantization": _table_or_none,
+    "parity": lambda value: value is None or (_table(value) and _texts(value.get("reasons", []))),
+    "tools": lambda value: _table(value) and all(map(_text, value.values())),
+    "notes": _texts,
+}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def digest_json(data: Any) -> str:
@@ -95,16 +179,14 @@ def digest_file(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def disk_errors(what: Path) -> Iterator[None]:
-    """Turn a full or unwritable disk into one line; other errors pass."""
+def disk_errors(what: Path, *, path: bool = True) -> Iterator[None]:
+    """Turn a full or unwritable disk and, unless told otherwise, a path that cannot be into one line; others pass."""
+    remedies = _DISK_ERRORS | _PATH_ERRORS if path else _DISK_ERRORS
     try:
         yield
     except OSError as error:
-        if error.errno in _DISK_ERRORS:
-            raise DiskError(
-                f"cannot write '{what}': {error.strerror}",
-                "free some space or choose another --out; what was done is kept",
-            ) from error
+        if error.errno in remedies:
+            raise DiskError(f"cannot write '{what}': {error.strerror}", remedies[error.errno]) from error
         raise
 
 
@@ -135,7 +217,7 @@ def check_build(root: Path) -> Path:
         )
     try:
         schema = json.loads(marker.read_text(encoding="utf-8"))["schema"]
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"'{marker}' is damaged", "delete the build folder and convert again") from error
     if schema != BUILD_SCHEMA:
         raise ArtifactError(f"build '{root}' has schema {schema!r}", f"this edgekit reads schema {BUILD_SCHEMA}")
@@ -159,7 +241,7 @@ def _alive(staging: Path) -> bool:
 @contextlib.contextmanager
 def staged(root: Path, final: Path) -> Iterator[Path]:
     """A folder to write into; on success it takes the name `final` in one rename, on any failure it is removed."""
-    with disk_errors(final):
+    with disk_errors(final, path=False):
         folder = Path(tempfile.mkdtemp(prefix=f"{_STAGING}{os.getpid()}-", dir=root))
         try:
             yield folder
@@ -179,6 +261,8 @@ def staged(root: Path, final: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write beside, then rename: a reader never sees half a file."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_text(text, encoding="utf-8")
@@ -207,8 +291,10 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtifactError(f"'{folder}' has no {MANIFEST}", "convert again") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise ArtifactError(f"'{path}' is damaged", "convert again") from error
+    except OSError as error:
+        raise ArtifactError(f"cannot read '{path}': {error.strerror}", "convert again") from error
     manifest = Manifest.from_json(data, path)
     if verify:
         for name, entry in manifest.files.items():

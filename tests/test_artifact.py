@@ -13,7 +13,10 @@ from edgekit.errors import ArtifactError, DiskError, OutputExistsError
 
 
 def manifest() -> artifact.Manifest:
-    return artifact.Manifest("cpu", "onnxruntime", "int8", "id", {"inputs": [], "outputs": []}, {"file": "m.onnx"})
+    tensors = {
+        k: [{"name": n, "dtype": "float32", "shape": ["batch", 4]}] for k, n in (("inputs", "x"), ("outputs", "y"))
+    }
+    return artifact.Manifest("cpu", "onnxruntime", "int8", "id", tensors, {"file": "m.onnx"})
 
 
 def make(root: Path) -> Path:
@@ -89,3 +92,60 @@ def test_a_future_manifest_is_refused(tmp_path: Path) -> None:
     (final / "manifest.json").write_text(json.dumps({**data, "schema": 99}))
     with pytest.raises(ArtifactError, match="schema 99"):
         artifact.read_manifest(final)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"target": None}, "target = null"),
+        ({"backend": "tensorrt"}, 'backend = "tensorrt"'),
+        ({"backend": []}, "backend"),
+        ({"precision": "int7"}, "int7"),
+        ({"signature": {}}, "signature"),
+        ({"signature": {"inputs": [], "outputs": []}}, "signature"),
+        ({"signature": {"inputs": [{"name": "x"}], "outputs": [1]}}, "signature"),
+        ({"files": []}, "files"),
+        ({"files": {"model.onnx": {"sha256": "00"}}}, "files"),
+        ({"parents": "abc"}, "parents"),
+        ({"notes": 5}, "notes"),
+        ({"parity": []}, "parity"),
+        ({"parity": {"reasons": None}}, "parity"),
+        ({"calibration": {"random": False}}, "calibration"),
+        ({"tools": {"onnx": 1}}, "tools"),
+        ({"source": "m.onnx"}, "source"),
+    ],
+)
+def test_a_manifest_with_a_field_of_the_wrong_kind(tmp_path: Path, change: dict[str, object], told: str) -> None:
+    final = make(artifact.open_build(tmp_path / "b"))
+    data = json.loads((final / "manifest.json").read_text())
+    (final / "manifest.json").write_text(json.dumps({**data, **change}))
+    with pytest.raises(ArtifactError, match=told) as error:
+        artifact.read_manifest(final)
+    assert "convert again" in error.value.remedy
+
+
+@pytest.mark.parametrize("content", [b"[]", b"5", b"null", b'"text"', b"{", b"\xff\xfe", b""])
+def test_a_manifest_that_is_no_table(tmp_path: Path, content: bytes) -> None:
+    final = make(artifact.open_build(tmp_path / "b"))
+    (final / "manifest.json").write_bytes(content)
+    with pytest.raises(ArtifactError, match="convert again"):
+        artifact.read_manifest(final)
+
+
+def test_a_path_that_cannot_be_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, remedy in (
+        (tmp_path / "gone" / "x.md", "make the folder"),
+        (tmp_path / "file" / "x.md", "is a file"),
+        (tmp_path, "it is a folder"),
+    ):
+        with pytest.raises(DiskError, match=remedy), artifact.disk_errors(path):
+            artifact.write_text(path, "text")
+    with pytest.raises(DiskError, match="is a file"):
+        artifact.open_build(tmp_path / "file" / "build")
+
+
+def test_a_missing_file_inside_a_stage_is_a_bug_and_not_a_disk_error(tmp_path: Path) -> None:
+    root = artifact.open_build(tmp_path / "b")
+    with pytest.raises(FileNotFoundError), artifact.staged(root, root / "cpu" / "x") as folder:
+        (folder / "gone").read_bytes()

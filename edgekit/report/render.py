@@ -15,6 +15,8 @@ def kind_of(out: Path | str | None) -> str:
     """The form that a file's name asks for; text for the terminal."""
     if out is None:
         return "text"
+    if Path(out).is_dir():
+        raise UsageError(f"'{out}' is a folder", "name a file in it that ends in .md, .json or .txt")
     suffix = Path(out).suffix.lower()
     if suffix not in _BY_SUFFIX:
         raise UsageError(f"cannot tell the format of '{out}'", "name it .md, .json or .txt, or pass --format")
