@@ -77,8 +77,8 @@ def _shapes(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> d
             out[name] = tuple(-1 if s.strip() in ("?", "-1", "batch") else int(s) for s in sizes.split(","))
         except ValueError:
             equals = ""
-        if not equals or not name:
-            raise click.BadParameter(f"'{value}': give NAME=SIZE,SIZE,..., for example input=1,96,96,3")
+        if not equals or not name or any(size < 1 and size != -1 for size in out[name]):
+            raise click.BadParameter(f"'{value}': give NAME=SIZE,SIZE,..., for example input=1,96,96,3, sizes from 1")
     return out
 
 
@@ -155,7 +155,7 @@ def main() -> None:
 @click.option("--weight-bits", type=click.Choice(["auto", "7", "8"]), default="auto", show_default=True)
 @click.option("--keep-float", multiple=True, metavar="NODE", help="Leave this node in float.")
 @click.option("--random-calibration", is_flag=True, help="Calibrate on random inputs; every report says so.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @_model_options
 @_data_options
 @_targets_option
@@ -184,7 +184,7 @@ def convert(as_json: bool, **given: Any) -> None:
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Samples per timed inference.")
 @click.option("--profile", is_flag=True, help="Time per layer, where the runtime gives it.")
 @click.option("--max-accuracy-drop", type=click.FloatRange(0, 1), default=0.01, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @_data_options
 @_targets_option
 @_json_option

@@ -8,7 +8,6 @@ gets `(x * scale - mean) / std`. Geometry and channel order apply to images only
 from __future__ import annotations
 
 import difflib
-import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -36,7 +35,7 @@ class Preprocessing:
     method: how to resize; pillow's filters, which smooth when they shrink.
     crop: (height, width) of the centre, rounded up and left (Keras' CenterCrop).
     channel_order: what the model takes; data are RGB. None and "RGB" change nothing, "BGR" flips the channels.
-    scale: multiplier, e.g. 1/255.   mean, std: one number, or one per channel (per feature where no image).
+    scale: multiplier, not 0, e.g. 1/255.   mean, std: one number, or one per channel (per feature where no image).
     layout: what the model takes. None leaves the samples as they are stored (image files: NHWC).
     """
 
@@ -56,8 +55,9 @@ class Preprocessing:
                 raise DatasetError(f"preprocessing {name} = {value}", "give height x width in pixels, such as 96x96")
         for name, numbers in (("scale", self.scale), ("mean", self.mean), ("std", self.std)):
             each = numbers if isinstance(numbers, tuple) else () if numbers is None else (numbers,)
-            if not all(math.isfinite(v) for v in each) or (name == "std" and 0 in each) or numbers == ():
-                raise DatasetError(f"preprocessing {name} = {numbers}", "give finite numbers, and a std that is not 0")
+            if not all(_usable(v, zero=name == "mean") for v in each) or numbers == ():
+                told = f"preprocessing {name} = {numbers}"
+                raise DatasetError(told, "give finite float32 numbers; scale and std must not be 0")
 
     @property
     def numeric(self) -> bool:
@@ -290,6 +290,11 @@ def _size(name: str, text: str) -> tuple[int, int] | int:
     return parts[0] if len(parts) == 1 else (parts[0], parts[1])
 
 
+def _usable(number: float, *, zero: bool) -> bool:
+    """Finite as float32, and not 0 unless that is allowed: too small a number becomes 0, too large a one infinity."""
+    return abs(number) <= float(np.finfo(np.float32).max) and (zero or float(np.float32(number)) != 0)
+
+
 def _number(name: str, text: str | float) -> float:
     """A number or a fraction: 0.0039 or "1/255"."""
     try:
@@ -297,7 +302,7 @@ def _number(name: str, text: str | float) -> float:
             over, _, under = text.partition("/")
             return float(over) / (float(under) if under else 1.0)
         return float(text)
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise DatasetError(f"preprocessing {name} = {text!r}", "give a number, or a fraction such as 1/255") from error
 
 

@@ -131,7 +131,18 @@ def test_toml_and_flags(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["scal = 1", 'layout = "CHWN"', "std = [0.0]", "resize = [1, 2, 3]", "mean = []", "= 3", 'scale = "x"']
+    "text",
+    [
+        "scal = 1",
+        'layout = "CHWN"',
+        "std = [0.0]",
+        "resize = [1, 2, 3]",
+        "mean = []",
+        "= 3",
+        'scale = "x"',
+        "scale = 0",
+        f"scale = 1{'0' * 400}",
+    ],
 )
 def test_a_bad_file_is_one_line_with_a_remedy(tmp_path: Path, text: str) -> None:
     file = tmp_path / "p.toml"
@@ -144,7 +155,20 @@ def test_a_bad_file_is_one_line_with_a_remedy(tmp_path: Path, text: str) -> None
 
 
 @pytest.mark.parametrize(
-    "flags", [{"resize": "ax9"}, {"mean": "1,,2"}, {"scale": "1/0"}, {"std": "0"}, {"scale": "nan"}]
+    "flags",
+    [
+        {"resize": "ax9"},
+        {"mean": "1,,2"},
+        {"scale": "1/0"},
+        {"std": "0"},
+        {"scale": "nan"},
+        {"scale": "0"},
+        {"scale": "1/1e400"},
+        {"scale": "1e-60"},
+        {"scale": "1e39"},
+        {"std": "1,1e-60,1"},
+        {"mean": "inf"},
+    ],
 )
 def test_bad_flags(flags: dict[str, str]) -> None:
     with pytest.raises(DatasetError):

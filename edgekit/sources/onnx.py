@@ -17,6 +17,7 @@ from edgekit.sources.upgrade import to_working_opset
 
 OLDEST_OPSET = 9
 BATCH = "batch"
+LARGEST_SIZE = 2**31 - 1  # what 32-bit indices reach; ONNX itself stores int64
 _STANDARD = ("", "ai.onnx")
 # where an infinite constant is a mask or a bound and not a broken weight
 _TAKES_INFINITY = {
@@ -243,6 +244,9 @@ def _fix_shapes(model: onnx.ModelProto, shapes: dict[str, tuple[int, ...]]) -> N
 
 def _apply_shape(name: str, tensor: Any, given: tuple[int, ...]) -> None:
     dims = tensor.shape.dim
+    for size in given:
+        if size != -1 and not 1 <= size <= LARGEST_SIZE:
+            raise ShapeError(f"--shape {name} has a size of {size}", "give sizes from 1, or ? to leave one open")
     if tensor.HasField("shape") and len(dims) != len(given):
         raise ShapeError(f"--shape {name} has {len(given)} sizes, the input has {len(dims)}", "give one for each axis")
     for axis, size in enumerate(given):
