@@ -23,6 +23,7 @@ from edgekit.model import Tensors
 FED = "__fed"  # suffix of the graph inputs that take the reference's tensors
 READ = "__read"  # suffix of the graph outputs that are compared with them
 WORST = 10  # units that a record lists
+TINY_POWER = 1e-30  # stands for a signal of 0, whose logarithm is infinite
 WRONG_SHAPE = 2**31  # LSB: what a tensor of another shape is said to be off by
 
 
@@ -95,6 +96,7 @@ class ParityRecord:
     per_op_max_lsb, fraction_equal: over all units, each fed the reference's own inputs.
     label_agreement: end to end, argmax along the last axis of the first output; None if that is no classification.
     end_to_end_max_lsb: largest difference of any output in LSB of that output; None if no output is quantized.
+    sqnr_db: end to end, of the worst float output, 10·log10(Σ reference² / Σ difference²); None for no error at all.
     """
 
     samples: int
@@ -106,6 +108,7 @@ class ParityRecord:
     label_agreement: float | None
     end_to_end_max_lsb: float | None
     end_to_end_max_abs: float
+    sqnr_db: float | None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -329,6 +332,8 @@ class _Whole:
         self.first = model.graph.outputs[0].name or ""
         self.same, self.labels, self.max_abs = 0, 0, 0.0
         self.max_lsb: float | None = None
+        self.signal: dict[str, float] = {}
+        self.noise: dict[str, float] = {}
 
     def add(self, expected: Tensors, got: Tensors) -> None:
         for name, grid in self.grids.items():
@@ -336,10 +341,22 @@ class _Whole:
             self.max_abs = max(self.max_abs, gap)
             if grid is not None:
                 self.max_lsb = max(self.max_lsb or 0.0, gap / grid.scale)
+            if expected[name].dtype.kind == "f":
+                self._add_power(name, expected[name].astype(np.float64), got[name].astype(np.float64))
         want, have = expected[self.first], got[self.first]
         if _classifies(want):
             equal = want.argmax(-1) == have.argmax(-1)
             self.same, self.labels = self.same + int(equal.sum()), self.labels + equal.size
+
+    def _add_power(self, name: str, want: np.ndarray[Any, Any], have: np.ndarray[Any, Any]) -> None:
+        known = np.isfinite(want)  # elsewhere both are the same infinity or NaN: _largest_gap
+        self.signal[name] = self.signal.get(name, 0.0) + float((want[known] ** 2).sum())
+        self.noise[name] = self.noise.get(name, 0.0) + float(((have[known] - want[known]) ** 2).sum())
+
+    def sqnr_db(self) -> float | None:
+        """Of the worst output; None for no error. An error where the reference is 0 gets a large negative figure."""
+        ratios = [max(self.signal[n], TINY_POWER) / noise for n, noise in self.noise.items() if noise > 0]
+        return 10 * float(np.log10(min(ratios))) if ratios else None
 
 
 def _largest_gap(name: str, want: np.ndarray[Any, Any], have: np.ndarray[Any, Any] | None) -> float:
@@ -400,4 +417,5 @@ def _record(
         label_agreement=whole.same / whole.labels if whole.labels else None,
         end_to_end_max_lsb=whole.max_lsb,
         end_to_end_max_abs=whole.max_abs,
+        sqnr_db=whole.sqnr_db(),
     )

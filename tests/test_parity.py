@@ -183,6 +183,30 @@ def test_the_reference_is_equal_to_itself():
     record = parity.check(model, execute, lambda inputs: execute(model, inputs), batches())
     assert (record.per_op_max_lsb, record.fraction_equal) == (0, 1.0)
     assert (record.label_agreement, record.end_to_end_max_lsb, record.end_to_end_max_abs) == (1.0, 0.0, 0.0)
+    assert record.sqnr_db is None
+
+
+def test_the_end_to_end_sqnr_counts_every_batch():
+    model = quantized_net()
+    wants, haves = [], []
+
+    def coarse(inputs: Tensors) -> Tensors:
+        wants.append(execute(model, inputs)["out"])
+        haves.append(wants[-1] + F32(0.01 * len(wants)))
+        return {"out": haves[-1]}
+
+    record = parity.check(model, execute, coarse, batches())
+    want, have = np.concatenate(wants).astype(np.float64), np.concatenate(haves)
+    assert record.sqnr_db == pytest.approx(10 * np.log10((want**2).sum() / ((have - want) ** 2).sum()))
+    assert record.to_json()["sqnr_db"] == record.sqnr_db
+
+
+def test_an_error_on_an_output_of_zeros_is_a_finite_figure():
+    whole_model = parity._Whole(quantized_net())
+    whole_model.add({"out": np.zeros((2, 5), F32)}, {"out": np.full((2, 5), 0.5, F32)})
+    sqnr = whole_model.sqnr_db()
+    assert sqnr is not None
+    assert -400 < sqnr < -200
 
 
 @pytest.mark.parametrize(("tensor", "name", "scale"), [("convq", "conv", 0.05), ("addq", "add", 0.073)])
