@@ -40,7 +40,11 @@ def judge(
         (np.zeros((4, 3)), np.full((4, 3), 0.5), "regression"),
         (np.zeros(4, np.int64), np.arange(4), "class numbers"),
         (np.zeros((4, 5, 9)), np.zeros((4, 5), np.int64), "tokens"),
-        (np.zeros((4, 3)), None, "classes"),
+        (np.eye(4, 3) + np.eye(4, 3, -3), None, "classes"),
+        (np.full((4, 5, 8), 0.125), None, "tokens"),
+        (np.zeros((4, 3)), None, "unknown scores"),
+        (np.array([[1.5, -0.5]]), None, "unknown scores"),
+        (np.zeros((4, 5, 8)), None, "unknown scores"),
         (np.zeros((4, 1)), None, "unknown"),
         (np.zeros((4, 8, 8, 3)), None, "unknown"),
     ],
@@ -90,6 +94,15 @@ def test_agreement_without_labels() -> None:
     assert 0.5 < figures["agreement_with_float"] < 1
     assert figures["accuracy"] is None
     assert "accuracy needs labels" in reasons
+    assert figures["task"] == "unknown scores"
+    assert figures["sqnr_db"] > 0
+
+
+def test_the_float_model_tells_the_task() -> None:
+    """An int8 softmax sums to 1 only roughly."""
+    reference = np.array([[0.5, 0.3, 0.2]], np.float32)
+    figures, _, _ = judge(np.array([[0.508, 0.305, 0.203]], np.float32), reference, None)
+    assert figures["task"] == "classes"
 
 
 def test_the_list_of_flips_is_bounded() -> None:

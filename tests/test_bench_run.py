@@ -18,7 +18,7 @@ from edgekit.bench.document import document
 from edgekit.bench.run import Entry, run_bench
 from edgekit.bench.schedule import QUICK
 from edgekit.dataset import Dataset, open_dataset
-from edgekit.errors import ArtifactError, LabelError
+from edgekit.errors import ArtifactError, LabelError, WorkerError
 from edgekit.model import Signature, TensorSpec
 
 RUNNERS = Path(bench.__file__).parent.parent / "backends" / "runners"
@@ -114,7 +114,8 @@ def test_the_document_holds_what_was_measured(
     path = tmp_path / "build" / "results.jsonl"
     stages: list[str] = []
     doc = run_bench(
-        entries, data, threads=(1, "all"), pace=PACE, results_path=path, progress=lambda s, d, t: stages.append(s)
+        entries, data, threads=(1, "all"), pace=PACE, results_path=path, progress=lambda s, d, t: stages.append(s),
+        max_accuracy_drop=0.03, warnings=["a warning"], run_id="run-1",
     )  # fmt: skip
     json.dumps(doc, allow_nan=False)
     counts = sorted({1, machine.physical_cores()})
@@ -157,7 +158,9 @@ def test_the_document_holds_what_was_measured(
     assert doc["verdict"]["cpu"]["ship"] in ("onnxruntime-float32", "onnxruntime-int8")
     assert {"quality cpu", "load cpu", "warm up cpu", "measure cpu"} <= set(stages)
     kept = results.read(path)
-    assert document(kept, 0.01) == doc  # a report needs nothing but the file
+    assert document(kept) == doc  # a report needs nothing but the file
+    assert (doc["run"], doc["warnings"], doc["settings"]["max_accuracy_drop"]) == ("run-1", ["a warning"], 0.03)
+    assert "warnings" not in doc["settings"]
     assert sum(len(r) for m in kept for r in m.samples) == sum(r["latency_s"]["samples"] for r in doc["artifacts"])
 
 
@@ -194,6 +197,7 @@ def test_candidates_that_fail_are_rows_with_reasons_and_the_rest_goes_on(
         assert not rows[name]["valid"]
         assert word in rows[name]["reasons"][0]
         assert rows[name]["latency_s"]["p50"] is None
+        assert not any("no data were given" in r for r in rows[name]["reasons"])
         assert word in doc["verdict"]["cpu"]["why"]
     assert rows["onnxruntime"]["valid"]
     assert rows["onnxruntime"]["latency_s"]["p50"] > 0
@@ -204,6 +208,8 @@ def test_without_data_a_failure_is_found_while_timing(entries: list[Entry], tmp_
     doc = run_bench([entries[0], bad], None, threads=(1,), pace=PACE)
     assert [r["valid"] for r in doc["artifacts"]] == [True, False]
     assert "kernel aborted" in doc["artifacts"][1]["reasons"][0]
+    assert "quality: no data were given" in doc["artifacts"][0]["reasons"]
+    assert "quality: not judged, as the candidate is invalid" in doc["artifacts"][1]["reasons"]
 
 
 def test_unlabelled_data_give_agreement(entries: list[Entry], tmp_path: Path, x: np.ndarray) -> None:
@@ -244,6 +250,23 @@ def test_profile_adds_layers(entries: list[Entry]) -> None:
     assert {"MatMul", "Softmax"} <= ops
 
 
+def test_a_profile_that_fails_leaves_its_reason(entries: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any) -> Any:
+        raise WorkerError("the runtime has no profiler", "update it")
+
+    monkeypatch.setattr(bench.Worker, "layers", refuse)
+    (row,) = run_bench(entries[:1], None, threads=(1,), pace=PACE, profile=True)["artifacts"]
+    assert row["valid"]
+    assert row["layers"] is None
+    assert "layers: the runtime has no profiler" in row["reasons"]
+
+
+def test_without_float_int8_is_not_shipped(entries: list[Entry], data: Dataset) -> None:
+    doc = run_bench(entries[1:], data, threads=(1,), pace=PACE)
+    assert doc["verdict"]["cpu"]["ship"] is None
+    assert any("need a float32 candidate" in r for r in doc["artifacts"][0]["reasons"])
+
+
 def test_sample_limit_and_batch(entries: list[Entry], data: Dataset) -> None:
     doc = run_bench(entries, data, threads=(1,), pace=PACE, sample_limit=20, batch=4)
     assert doc["dataset"]["samples"] == 20
@@ -281,7 +304,7 @@ def test_an_interrupt_leaves_no_worker_and_no_line(entries: list[Entry], tmp_pat
 
     def entered(self: Any) -> Any:
         worker = real(self)
-        pids.append(worker.pid)
+        pids.append(worker._process.pid)
         return worker
 
     def interrupt(stage: str, done: float, total: float) -> None:

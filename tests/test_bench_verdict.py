@@ -82,10 +82,34 @@ def test_of_equal_candidates_the_smaller_ships() -> None:
     assert decide([OV, big, apart], 0.01)["ship"] == "openvino-int8"
 
 
-def test_without_float_the_fastest_ships_and_says_what_is_unknown() -> None:
+def test_without_float_nothing_ships() -> None:
     v = decide([row("fpga", "fixed", 1.0, None), row("fpga", "int8", 2.0, None)], 0.01)
-    assert v["ship"] == "fpga-fixed"
-    assert "no valid float32" in v["why"]
+    assert (v["ship"], v["threads"]) == (None, None)
+    assert v["why"] == "no valid float32 candidate to compare with: none was measured"
+    broken = row("onnxruntime", "float32", None, valid=False, reasons=["the worker died"])
+    v = decide([broken, row("fpga", "int8", 2.0, None)], 0.01)
+    assert v["ship"] is None
+    assert v["why"] == ("no valid float32 candidate to compare with: onnxruntime-float32 is invalid (the worker died)")
+
+
+def test_unknown_scores_keep_their_quality_by_either_figure() -> None:
+    def problem(agreement: float, sqnr_db: float) -> str | None:
+        own = {"task": "unknown scores", "agreement_with_float": agreement, "sqnr_db": sqnr_db, "max_abs_err": 0.1}
+        return quality_problem({"quality": own}, {"quality": {}}, 0.01)
+
+    assert problem(0.375, 38.0) is None
+    assert problem(0.97, 12.0) is None
+    told = problem(0.375, 12.0)
+    assert told is not None
+    assert "37.5 %" in told
+    assert "12.0 dB" in told
+
+
+def test_unknown_scores_are_told_by_both_figures() -> None:
+    own = {"task": "unknown scores", "agreement_with_float": 0.375, "sqnr_db": 38.0, "max_abs_err": 0.1}
+    v = decide([OV, row("onnxruntime", "int8", 1.0, (0.6, 0.5, 0.7), quality=own)], 0.01)
+    assert v["ship"] == "onnxruntime-int8"
+    assert "37.5 % agreement with float (no labels), SQNR 38.0 dB" in v["why"]
 
 
 def test_nothing_timed_nothing_ships() -> None:

@@ -83,10 +83,6 @@ class Worker:
     ) -> None:
         self._close(gently=kind is None)
 
-    @property
-    def pid(self) -> int | None:
-        return None if self._process is None else self._process.pid
-
     def load(self) -> Loaded:
         """Import the runtime and open the artifact."""
         reply, _ = self._request("load")
@@ -122,11 +118,6 @@ class Worker:
     def peak_rss_bytes(self) -> int | None:
         value = self._request("rss")[0]["peak_rss_bytes"]
         return None if value is None else int(value)
-
-    def machine(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(facts, state) of the machine the worker runs on; see bench/machine.py."""
-        reply, _ = self._request("machine")
-        return reply["facts"], reply["state"]
 
     def _request(
         self, command: str, tensors: Tensors | None = None, *, expect_s: float = 0.0, **fields: float

@@ -24,12 +24,14 @@ _PARITY = (
     "label_agreement_unrounded",
     "max_rel_error",
 )
+_DROP = 0.01  # the budget of measurements that recorded none
 _LATENCY_KEYS = ("p50", "p90", "p99", "mean", "ratio_to_float", "ratio_ci95")
 
 
-def document(measurements: Sequence[Measurement], max_accuracy_drop: float = 0.01) -> dict[str, Any]:
+def document(measurements: Sequence[Measurement], max_accuracy_drop: float | None = None) -> dict[str, Any]:
     """The bench document, schema 1; DESIGN "Measuring". Absent figures are None and their row's `reasons` say why.
 
+    max_accuracy_drop: judge by this budget instead of the one that was measured with.
     ratio_to_float: p50 over that of the fastest float32 row with the same number of threads.
     ratio_to_best_float: over that of the fastest float32 row of the target at any number of threads.
     """
@@ -37,18 +39,21 @@ def document(measurements: Sequence[Measurement], max_accuracy_drop: float = 0.0
     machine = measurements[-1].machine if measurements else {}
     facts = machine.get("facts", {})
     settings = dict(measurements[-1].settings) if measurements else {}
+    drop = settings.get("max_accuracy_drop", _DROP) if max_accuracy_drop is None else max_accuracy_drop
+    warnings = settings.pop("warnings", [])
     dataset = next((m.dataset for m in measurements if m.dataset is not None), None)
     return {
         "schema": DOCUMENT_SCHEMA,
         "run": measurements[-1].run if measurements else None,
         "taken": measurements[0].taken if measurements else None,
-        "settings": {**settings, "max_accuracy_drop": max_accuracy_drop},
+        "settings": {**settings, "max_accuracy_drop": drop},
+        "warnings": list(warnings),
         "dataset": dataset,
         "preprocessing": (dataset or {}).get("preprocessing"),
         "machine": {**facts, **{k: machine.get(k) for k in ("before", "after", "warnings")}},
         "artifacts": rows,
         "verdict": {
-            target: verdict.decide([r for r in rows if r["target"] == target], max_accuracy_drop)
+            target: verdict.decide([r for r in rows if r["target"] == target], drop)
             for target in _targets(measurements)
         },
     }
@@ -82,7 +87,8 @@ def _row(measured: Measurement, quality: Measurement | None, layers: Measurement
     reasons = [*measured.reasons] if not measured.valid else []
     if quality is not None and judged:
         reasons += quality.reasons
-    reasons += [*measured.reasons, *(quality.reasons if quality is not None else ("quality: no data were given",))]
+    reasons += [*measured.reasons, *(quality.reasons if quality is not None else (_unjudged(measured),))]
+    reasons += layers.reasons if layers is not None else ()
     figures = measured.figures
     parity = measured.parity
     if parity is None:
@@ -109,6 +115,13 @@ def _row(measured: Measurement, quality: Measurement | None, layers: Measurement
         "parity": None if parity is None else {key: parity.get(key) for key in _PARITY},
         "layers": None if layers is None else layers.figures["layers"],
     }
+
+
+def _unjudged(measured: Measurement) -> str:
+    """Why there is no quality."""
+    if measured.dataset is None and measured.valid:
+        return "quality: no data were given"
+    return "quality: not judged, as the candidate " + ("has no outputs" if measured.valid else "is invalid")
 
 
 def _latency(

@@ -30,11 +30,11 @@ def predictions(scores: Array) -> Array:
     return chosen
 
 
-def are_probabilities(scores: Array) -> bool:
-    """Whether each row of (…, classes) reads as a distribution."""
+def are_probabilities(scores: Array, tolerance: float = _PROBABILITY_SUM) -> bool:
+    """Whether each row of (…, classes) reads as a distribution: not negative, with a sum of 1 within `tolerance`."""
     if scores.size == 0 or not np.isfinite(scores).all() or scores.min() < 0:
         return False
-    return bool(np.abs(scores.sum(axis=-1) - 1).max() <= _PROBABILITY_SUM)
+    return bool(np.abs(scores.sum(axis=-1) - 1).max() <= tolerance)
 
 
 def log_softmax(logits: Array) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from edgekit.bench.metrics import (
     Figures,
     Regression,
     TokenPrediction,
+    are_probabilities,
     check_labels,
     predictions,
 )
@@ -21,19 +22,25 @@ from edgekit.errors import LabelError
 from edgekit.model import Tensors
 
 FLIPS_LISTED = 100
-Task = Literal["classes", "class numbers", "binary", "regression", "tokens", "unknown"]
+_FLOAT_SUM = 1e-3  # a float32 or float16 softmax sums to 1 within this
+Task = Literal["classes", "class numbers", "binary", "regression", "tokens", "unknown scores", "unknown"]
 
 
 def task_of(output: Array, labels: Array | None) -> Task:
-    """What the first output means, from its shape and dtype and the labels'; both canonical.
+    """What the first output of the float model means, from its values and the labels'; both canonical.
 
-    Without labels, rows of several floats are read as scores of classes; one float per sample stays "unknown".
+    Without labels, rows of several floats are scores of classes only if they are distributions; else they may be logits
+    or any other values: "unknown scores". One float per sample, and images, stay "unknown".
     """
     numbers = output.dtype.kind in "iu"
     if labels is None:
         if numbers:
             return "class numbers"
-        return {2: "classes", 3: "tokens"}.get(output.ndim, "unknown")  # type: ignore[return-value]
+        if output.ndim not in (2, 3):
+            return "unknown"
+        if not are_probabilities(output, _FLOAT_SUM):
+            return "unknown scores"
+        return "classes" if output.ndim == 2 else "tokens"
     whole = labels.dtype.kind in "iub"
     if whole and labels.ndim == 1 and output.ndim == 2:
         return "classes"
@@ -128,6 +135,7 @@ class Meter:
         self._distance = Distance()
         self._samples = self._labelled = self._compared = self._positions = self._equal = 0
         self._broken = self._fixed = self._flipped = self._wrong_kind = 0
+        self._referenced = False
         self._flips: list[int] = []
 
     def update(self, outputs: Tensors, reference: Tensors | None, labels: Array | None, index: Array) -> None:
@@ -141,15 +149,16 @@ class Meter:
         expected = None if reference is None else canonical_output(next(iter(reference.values())))
         truth = None if labels is None else canonical_labels(labels, main)
         if self._task is None:
-            self._task = task_of(main, truth)
+            self._task = task_of(main if expected is None else expected, truth)
             if self._task == "classes":
                 self._classification = Classification(main.shape[1])
         if truth is not None:
             self._labelled += len(index)
             self._score(main, expected, truth, index)
         if reference is not None:
+            self._referenced = True
             self._distance.update(outputs, reference)
-        if expected is not None and self._task in ("classes", "class numbers", "tokens"):
+        if expected is not None and self._task in ("classes", "class numbers", "tokens", "unknown scores"):
             self._compare(main, expected, truth, index)
 
     def result(self) -> tuple[Figures, list[str], list[str]]:
@@ -165,12 +174,14 @@ class Meter:
         if self._compared == 0 and self._task == "binary" and self._labelled:
             self._compare_binary()
         figures["agreement_with_float"] = self._equal / self._positions if self._positions else None
-        if not self._positions:
+        if not self._positions and self._referenced:
             reasons.append(f"agreement_with_float needs class scores, the task is {self._task}")
         figures |= {"flips": self._flipped if self._positions else None, "flip_index": self._flips}
         figures["positions"] = self._positions
         figures |= {"flips_to_wrong": self._broken, "flips_to_right": self._fixed} if self._labelled else {}
         distance, why = self._distance.result()
+        if not self._referenced:
+            why = ["agreement_with_float and sqnr_db need a float32 candidate that works"]
         broken = [f"NaN or Inf in the outputs of {self._wrong_kind} samples"] if self._wrong_kind else []
         return {**figures, **distance}, [*reasons, *why], broken
 
@@ -232,8 +243,3 @@ class Meter:
             rows = bad.reshape(len(value), -1).any(axis=1)
             wrong = np.asarray(rows if not wrong.size else wrong | rows)
         self._wrong_kind += int(wrong.sum())
-
-
-def empty_figures() -> dict[str, Any]:
-    """What a candidate without data has."""
-    return {"accuracy": None, "agreement_with_float": None, "sqnr_db": None}

@@ -27,8 +27,9 @@ class Measurement:
     samples: raw nanoseconds of each run, one tuple per round; round i of all latencies of a run and target
         belongs to the same cycle. Empty but for latency.
     figures: latency: import_s, load_s, first_inference_s, peak_rss_bytes, runtime_version; quality: as named by
-        bench.metrics; layers: layers [{name, op, seconds, calls}].
-    machine: {"facts", "before", "after", "warnings"} (bench.machine). settings: the pace and the seed.
+        bench.metrics; layers: layers [{name, op, seconds, calls}] or None.
+    machine: {"facts", "before", "after", "warnings"} (bench.machine). settings: the pace, the seed,
+        max_accuracy_drop, and warnings: what limits the trust in the data.
     """
 
     run: str

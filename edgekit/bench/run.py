@@ -90,23 +90,28 @@ def run_bench(
     batch: int = 1,
     results_path: Path | None = None,
     pace: Pace | None = None,
+    warnings: Sequence[str] = (),
+    run_id: str | None = None,
 ) -> dict[str, Any]:
     """Measure every entry and return the bench document (bench.document); append to `results_path` if given.
 
     threads: thread counts to time with; "all" is every physical core that this process may use.
     sample_limit: judge quality on that many samples, a seeded choice. batch: samples per timed inference, where the
-    model leaves it free. progress(stage, done, total). Raises ArtifactError without entries, LabelError for labels
-    that do not fit; a candidate that fails is a row with `valid` false and its reasons, the others go on.
+    model leaves it free. progress(stage, done, total). warnings: what limits the trust in the data, kept with every
+    measurement. run_id: of `new_run_id`, where several calls belong to one run. Raises ArtifactError without entries,
+    LabelError for labels that do not fit; a candidate that fails is a row with `valid` false and its reasons, the
+    others go on.
     """
     if not entries:
         raise ArtifactError("there is nothing to measure", "run `edgekit convert` first")
     report = progress or (lambda stage, done, total: None)
     pace = pace or (QUICK if quick else FULL)
     counts = _thread_counts(threads)
-    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+    run_id = run_id or new_run_id()
     settings = {**asdict(pace), "seed": seed, "threads": counts}
+    settings |= {"max_accuracy_drop": max_accuracy_drop, "warnings": list(warnings)}
     facts, before = machine.facts(), machine.state()
-    warnings = machine.warnings_before(facts, before)
+    doubts = machine.warnings_before(facts, before)
     found: list[Measurement] = []
     for target in dict.fromkeys(e.target for e in entries):
         own = [e for e in entries if e.target == target]
@@ -119,7 +124,7 @@ def run_bench(
         layers = _profile(usable, data, batch, report) if profile and not facts["emulated"] else {}
         after = machine.state()
         state: dict[str, Any] = {"facts": facts, "before": before, "after": after}
-        state["warnings"] = warnings + machine.warnings_after(before, after)
+        state["warnings"] = doubts + machine.warnings_after(before, after)
         part = _measurements(own, judged, timed, layers, counts, facts["emulated"])
         taken = datetime.now(UTC).isoformat(timespec="seconds")
         name = None if data is None else _describe(data)
@@ -127,7 +132,12 @@ def run_bench(
         if results_path is not None:
             results.append(results_path, part)
         found += part
-    return document(found, max_accuracy_drop)
+    return document(found)
+
+
+def new_run_id() -> str:
+    """The time in UTC and a random part."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
 
 
 def _thread_counts(threads: Sequence[int | Literal["all"]]) -> list[int]:
@@ -291,11 +301,17 @@ def _figures(loaded: Loaded, first_s: float) -> dict[str, Any]:
     }
 
 
-def _profile(
-    entries: Sequence[Entry], data: Dataset | None, batch: int, report: Progress
-) -> dict[str, list[dict[str, Any]]]:
+@dataclass(frozen=True)
+class _Layers:
+    """Rows {name, op, seconds, calls} of one entry, or why there are none."""
+
+    rows: list[dict[str, Any]] | None
+    error: str | None = None
+
+
+def _profile(entries: Sequence[Entry], data: Dataset | None, batch: int, report: Progress) -> dict[str, _Layers]:
     """Mean seconds per layer and call at one thread, in workers of their own: profiling slows a run down."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, _Layers] = {}
     for done, entry in enumerate(entries):
         report(f"profile {entry.target}", done, len(entries))
         size = batch_of(entry.signature) or batch
@@ -305,9 +321,10 @@ def _profile(
                 worker.first(_inputs(entry.signature, data, size))
                 worker.warmup(_PROFILE_RUNS, 0.0, _PROFILE_S)
                 rows = worker.layers()
-        except WorkerError:  # seen already as a row without layers; the timing stands
+        except WorkerError as error:  # the timing stands
+            found[entry.id] = _Layers(None, error.what)
             continue
-        found[entry.id] = [{**row, "seconds": row["seconds"] / max(1, row["calls"])} for row in rows]
+        found[entry.id] = _Layers([{**row, "seconds": row["seconds"] / max(1, row["calls"])} for row in rows])
     return found
 
 
@@ -316,7 +333,7 @@ def _measurements(
     entries: Sequence[Entry],
     judged: dict[str, _Judged],
     timed: Sequence[_Timed],
-    layers: dict[str, list[dict[str, Any]]],
+    layers: dict[str, _Layers],
     counts: Sequence[int],
     emulated: str | None,
 ) -> list[Measurement]:
@@ -347,7 +364,10 @@ def _measurements(
                 replace(plain, metric="quality", unit="", figures=quality.figures, reasons=verdict, valid=not wrong)
             )
         if entry.id in layers:
-            found.append(replace(plain, metric="layers", unit="s", figures={"layers": layers[entry.id]}, threads=1))
+            profiled = layers[entry.id]
+            reasons = () if profiled.error is None else (f"layers: {profiled.error}",)
+            line = replace(plain, metric="layers", unit="s", figures={"layers": profiled.rows}, threads=1)
+            found.append(replace(line, reasons=reasons))
     return found
 
 

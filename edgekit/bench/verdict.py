@@ -2,11 +2,13 @@
 
 The rules, in order:
 
-1. An invalid candidate, or one without a latency, is out.
+1. An invalid candidate, or one without a latency, is out. Without a valid float32 candidate nothing ships: there is
+   nothing to judge the others by.
 2. A candidate that is not float32 must keep the quality of the float reference (the target's first valid float32
    row). With `budget` = --max-accuracy-drop: accuracy (or R²) at most `budget` lower; without labels, agreement with
    float at least 1 − AGREEMENT_PER_DROP·budget, and where there are no classes, an SQNR of −10·log10(budget) dB or
-   more, which is the same budget of unexplained variance. What was not measured is not shown, and does not ship.
+   more, which is the same budget of unexplained variance. Either will do where nothing tells whether the outputs are
+   class scores. What was not measured is not shown, and does not ship.
 3. Each candidate competes with its fastest thread count.
 4. A candidate that is not float32 must be faster than the fastest float32: the whole 95 % interval of the ratio below
    1.
@@ -35,12 +37,12 @@ def decide(rows: Sequence[Row], max_accuracy_drop: float) -> dict[str, Any]:
         return {"ship": None, "threads": None, "why": _nothing(rows)}
     reference = next((r for r in rows if r["precision"] == "float32" and r["valid"]), None)
     floats = [r for r in timed if r["precision"] == "float32"]
-    if not floats:
-        chosen = min(timed, key=_p50)
-        why = f"ship {name(chosen)}: the fastest; no valid float32 candidate to compare its speed and accuracy with"
-        return {"ship": name(chosen), "threads": chosen["threads"], "why": why}
-    best_float = min(floats, key=_p50)
     rejected: list[str] = [f"{name(r)} is invalid ({r['reasons'][0]})" for r in _invalid(rows)]
+    if not floats:
+        causes = [why for why in rejected if "-float32 is invalid" in why] or ["none was measured"]
+        why = f"no valid float32 candidate to compare with: {'; '.join(causes)}"
+        return {"ship": None, "threads": None, "why": why}
+    best_float = min(floats, key=_p50)
     faster = []
     for row in sorted((r for r in timed if r["precision"] != "float32"), key=_p50):
         problem = quality_problem(row, reference, max_accuracy_drop) or _speed_problem(row)
@@ -67,12 +69,23 @@ def quality_problem(row: Row, reference: Row | None, budget: float) -> str | Non
             if a - b <= budget + 1e-9:
                 return None
             return f"loses {_points(a - b, key)} of {label}, more than the {_points(budget, key)} allowed"
-    agreement = own.get("agreement_with_float")
-    if agreement is not None:
-        floor = 1 - AGREEMENT_PER_DROP * budget
-        if agreement >= floor - 1e-9:
-            return None
-        return f"agrees with float on only {100 * agreement:.1f} % of the samples, less than {100 * floor:.1f} %"
+    disagrees = None
+    if own.get("agreement_with_float") is not None:
+        disagrees = _agreement_problem(own["agreement_with_float"], budget)
+        if disagrees is None or own.get("task") != "unknown scores":
+            return disagrees
+    distant = _distance_problem(own, budget)
+    return None if distant is None else " and ".join(filter(None, (disagrees, distant)))
+
+
+def _agreement_problem(agreement: float, budget: float) -> str | None:
+    floor = 1 - AGREEMENT_PER_DROP * budget
+    if agreement >= floor - 1e-9:
+        return None
+    return f"agrees with float on only {100 * agreement:.1f} % of the samples, less than {100 * floor:.1f} %"
+
+
+def _distance_problem(own: Mapping[str, Any], budget: float) -> str | None:
     error = own.get("max_abs_err")
     if error is None:
         return "was not compared with float (pass --data)"
@@ -142,9 +155,11 @@ def _quality_phrase(row: Row, reference: Row | None) -> str:
         a, b = float_.get(key), own.get(key)
         if a is not None and b is not None:
             return f"{label} {_points(b - a, key, signed=True)}{_doubt(own)}"
-    if own.get("agreement_with_float") is not None:
-        return f"{100 * own['agreement_with_float']:.1f} % agreement with float (no labels)"
-    return f"SQNR {own['sqnr_db']:.1f} dB" if own.get("sqnr_db") is not None else "equal to float"
+    distance = f"SQNR {own['sqnr_db']:.1f} dB" if own.get("sqnr_db") is not None else "equal to float"
+    if own.get("agreement_with_float") is None:
+        return distance
+    agreement = f"{100 * own['agreement_with_float']:.1f} % agreement with float (no labels)"
+    return f"{agreement}, {distance}" if own.get("task") == "unknown scores" else agreement
 
 
 def _doubt(quality: Mapping[str, Any]) -> str:

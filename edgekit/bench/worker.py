@@ -89,7 +89,7 @@ class Commands:
         self._session = runner.open_session(*self._options)
         loaded = time.perf_counter_ns()
         reply = {"import_s": (imported - start) * 1e-9, "load_s": (loaded - imported) * 1e-9}
-        return {**reply, "version": str(runner.version()), "schema": WIRE_SCHEMA, "pid": os.getpid()}, {}
+        return {**reply, "version": str(runner.version()), "schema": WIRE_SCHEMA}, {}
 
     def do_first(self, header: dict[str, Any], tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The first inference, timed alone; its inputs are bound for the rounds that follow."""
@@ -149,12 +149,6 @@ class Commands:
 
     def do_rss(self, header: dict[str, Any], tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         return {"peak_rss_bytes": peak_rss_bytes()}, {}
-
-    def do_machine(self, header: dict[str, Any], tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The state of the machine that this worker runs on."""
-        path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "machine.py")
-        machine = _load_file("edgekit_machine", path)
-        return {"facts": machine.facts(), "state": machine.state()}, {}
 
     def _opened(self) -> Any:
         if self._session is None:
