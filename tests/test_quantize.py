@@ -16,7 +16,7 @@ from edgekit import model as M
 from edgekit.errors import ArtifactError, NoCalibrationDataError, NonFiniteError, UnsupportedOpError
 from edgekit.passes.apply_plan import prepared
 from edgekit.passes.plan import QuantizationPlan
-from edgekit.passes.quantize import QuantizeInt8, apply_plan, weight_scales
+from edgekit.passes.quantize import QuantizeInt8, _class_scores, apply_plan, weight_scales
 from tests.quantize_graphs import Array, Samples, evaluate, graph, node, normal, sqnr_db, types
 
 
@@ -548,3 +548,35 @@ def test_random_networks_stay_close_to_float(network: tuple[Any, Array], bits: A
             len({(plan.activations[n].scale, plan.activations[n].zero_point) for n in group if n in plan.activations})
             == 1
         )
+
+
+# --- choosing the calibration -----------------------------------------------------------------------------
+def linear(*, softmax: bool = False) -> Any:
+    """x·w, 6 values a sample, with or without a softmax after it."""
+    nodes = [node("MatMul", ["x", "w"], ["z" if softmax else "y"], name="mul")]
+    nodes += [node("Softmax", ["z"], ["y"], name="soft", axis=-1)] if softmax else []
+    return graph(nodes, {"x": ["n", 8]}, {"y": ["n", 6]}, {"w": normal(8, 6)})
+
+
+def test_agreement_is_no_score_where_nothing_tells_of_classes() -> None:
+    data = Samples({"x": normal(60, 8, seed=1)})
+    plan = QuantizeInt8().plan(linear(), data)
+    assert all(set(score) == {"sqnr_db"} for score in plan.scores.values())
+    best = max(plan.scores, key=lambda name: plan.scores[name]["sqnr_db"])
+    assert plan.method == best.split(",")[0]
+    plan = QuantizeInt8().plan(linear(softmax=True), data)
+    assert all(set(score) == {"sqnr_db", "agreement"} for score in plan.scores.values())
+
+
+@pytest.mark.parametrize(
+    ("values", "labels", "classes"),
+    [
+        (normal(5, 6), None, False),
+        (np.full((5, 6), 1 / 6, np.float32), None, True),
+        (normal(5, 6), np.array([3]), True),
+        (normal(5, 6), np.array([0.5], np.float32), False),
+        (normal(5, 6), normal(1, 6), False),
+    ],
+)
+def test_classes_are_told_by_distributions_or_labels(values: Array, labels: Array | None, classes: bool) -> None:
+    assert _class_scores(linear(), [{"y": values}], labels) == (frozenset({"y"}) if classes else frozenset())

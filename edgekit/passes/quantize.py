@@ -95,7 +95,8 @@ class QuantizeInt8:
         self, model: ir.Model, decision: Decision, seen: dict[str, Observed], data: Dataset, held: frozenset[int]
     ) -> QuantizationPlan:
         """Try each method with ranges from the other samples, judge on the held-back ones, then range over all."""
-        inputs, wanted = _judging(model, data, held, self.batch_size)
+        inputs, wanted, labels = _judging(model, data, held, self.batch_size)
+        classes = _class_scores(model, wanted, labels)
         scores: dict[str, dict[str, float]] = {}
 
         def judge(method: Method, corrected: bool) -> str:
@@ -103,7 +104,7 @@ class QuantizeInt8:
             name = f"{method}, {CORRECTED}" if corrected else method
             if corrected:
                 trial = replace(trial, bias_shifts=_bias_shifts(model, trial, seen))
-            scores[name] = _score(apply_plan(model, trial), inputs, wanted)
+            scores[name] = _score(apply_plan(model, trial), inputs, wanted, classes)
             return name
 
         ways = {judge(method, True): (method, True) for method in METHODS}
@@ -278,16 +279,16 @@ def _fate(node: ir.Node, activations: dict[str, Activation]) -> Fate:
 
 
 def _best(scores: Mapping[str, Mapping[str, float]]) -> str:
-    """The nearest signal among those whose labels agree as well as the best, within noise."""
-    close = max(s["agreement"] for s in scores.values()) - AGREEMENT_NOISE
-    return max((n for n in scores if scores[n]["agreement"] >= close), key=lambda n: scores[n]["sqnr_db"])
+    """The nearest signal among those whose labels agree as well as the best, within noise; of all, without classes."""
+    close = max(s.get("agreement", 1.0) for s in scores.values()) - AGREEMENT_NOISE
+    return max((n for n in scores if scores[n].get("agreement", 1.0) >= close), key=lambda n: scores[n]["sqnr_db"])
 
 
 # --- judging -----------------------------------------------------------------------------------------------
 def _judging(
     model: ir.Model, data: Dataset, held: frozenset[int], batch_size: int
-) -> tuple[list[M.Tensors], list[M.Tensors]]:
-    """Held-back inputs (all samples if none are) within JUDGE_BYTES, and the float outputs on them."""
+) -> tuple[list[M.Tensors], list[M.Tensors], Array | None]:
+    """Held-back inputs (all samples if none are) within JUDGE_BYTES, the float outputs on them, and some labels."""
     names = _judged(model)
     session = M.FloatSession(model, fetch=names)
     fixed = M.batch_of(M.signature(model))
@@ -310,7 +311,24 @@ def _judging(
                 raise NonFiniteError(
                     f"NaN or Inf in output '{name}' of the float model", "run it on this data and repair what makes it"
                 )
-    return inputs, wanted
+    return inputs, wanted, next(iter(data.batches(1))).labels if data.labelled else None
+
+
+def _class_scores(model: ir.Model, wanted: list[M.Tensors], labels: Array | None) -> frozenset[str]:
+    """The judged values whose largest entry means a class: a Softmax's inputs, distributions, or what labels say."""
+    out = set()
+    for value, name in zip(model.graph.outputs, _judged(model), strict=True):
+        array = wanted[0][name]
+        if not np.issubdtype(array.dtype, np.floating) or array.ndim not in {2, 3} or array.shape[-1] < 2:
+            continue
+        softmax = name != value.name
+        distribution = bool((array >= 0).all() and (np.abs(array.sum(axis=-1) - 1) <= 1e-3).all())
+        # class numbers have one axis less than the scores; the first output is the one that labels are for
+        first = value is model.graph.outputs[0]
+        labelled = first and labels is not None and labels.dtype.kind in "biu" and labels.ndim == array.ndim - 1
+        if softmax or distribution or labelled:
+            out.add(name)
+    return frozenset(out)
 
 
 def _judged(model: ir.Model) -> list[str]:
@@ -323,8 +341,10 @@ def _judged(model: ir.Model) -> list[str]:
     return names
 
 
-def _score(quantized: ir.Model, inputs: list[M.Tensors], wanted: list[M.Tensors]) -> dict[str, float]:
-    """SQNR in dB (mean over float outputs) and the share of equal labels, in QDQ arithmetic as written."""
+def _score(
+    quantized: ir.Model, inputs: list[M.Tensors], wanted: list[M.Tensors], classes: frozenset[str]
+) -> dict[str, float]:
+    """SQNR in dB (mean over float outputs) and, where there are `classes`, the share of equal ones; QDQ arithmetic."""
     session = M.FloatSession(quantized, fetch=list(wanted[0]), optimize=False)
     got = [session.run(i) for i in inputs]
     ratios, agreements = [], []
@@ -334,10 +354,8 @@ def _score(quantized: ir.Model, inputs: list[M.Tensors], wanted: list[M.Tensors]
         a = np.concatenate([w[name].reshape(-1) for w in wanted]).astype(np.float64)
         b = np.concatenate([g[name].reshape(-1) for g in got]).astype(np.float64)
         ratios.append(10 * np.log10(max(float((a**2).sum()), 1e-30) / max(float(((a - b) ** 2).sum()), 1e-30)))
-        if wanted[0][name].ndim in {2, 3} and wanted[0][name].shape[-1] > 1:  # logits, one row or one per token
+        if name in classes:
             same = [w[name].argmax(-1) == g[name].argmax(-1) for w, g in zip(wanted, got, strict=True)]
             agreements.append(float(np.concatenate([s.reshape(-1) for s in same]).mean()))
-    return {
-        "sqnr_db": float(np.mean(ratios)) if ratios else 0.0,
-        "agreement": float(np.mean(agreements)) if agreements else 1.0,
-    }
+    score = {"sqnr_db": float(np.mean(ratios)) if ratios else 0.0}
+    return {**score, "agreement": float(np.mean(agreements))} if agreements else score
