@@ -210,7 +210,7 @@ def test_the_workers_folder_shadows_no_module_of_the_standard_library(tmp_path: 
 
 
 def test_the_worker_needs_nothing_of_edgekit(tmp_path: Path) -> None:
-    """worker.py and machine.py are copied to devices alone."""
+    """worker.py is copied to devices alone."""
     (tmp_path / "worker.py").write_bytes(WORKER_FILE.read_bytes())
     (tmp_path / "behaviour.json").write_text("{}")
     blocker = "import sys; sys.modules['edgekit'] = None; sys.argv.pop(0); import runpy; "

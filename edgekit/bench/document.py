@@ -22,6 +22,7 @@ _PARITY = (
     "fraction_equal",
     "label_agreement",
     "label_agreement_unrounded",
+    "sqnr_db",
     "max_rel_error",
 )
 _DROP = 0.01  # the budget of measurements that recorded none

@@ -1,4 +1,4 @@
-"""Describes the machine that measures and the state it is in. Standard library only: it travels to devices.
+"""Describes the machine that measures and the state it is in. Standard library only.
 
 Every figure that a system does not give is None, and `unknown` says why; nothing here raises.
 """

@@ -1,6 +1,6 @@
 """Measures one artifact in a process of its own, on any host, commanded over stdin and stdout.
 
-Standard library, numpy and the runner only: this file, `machine.py` and a runner are all that travels to a device.
+Standard library, numpy and the runner only: this file and a runner are all that a device needs.
 
     python worker.py --runner RUNNER.py --folder ARTIFACT --threads N [--batch B] [--profile]
 
