@@ -85,11 +85,26 @@ def load_target(name: str, extra: Path | None = None) -> Target:
         near = difflib.get_close_matches(name, files, n=1, cutoff=0.4)
         hint = f"did you mean '{near[0]}'?" if near else "known: " + ", ".join(sorted(files))
         raise UnknownTargetError(f"no target '{name}'", hint + " (`edgekit targets` lists them)")
-    return read_target(files[name])
+    target = read_target(files[name])
+    _check_offered(target)
+    return target
+
+
+def _check_offered(target: Target) -> None:
+    """Only for a target that is used: asking a backend imports it, and listing profiles must stay light."""
+    from edgekit import backends
+
+    for candidate in target.candidates:
+        offered = backends.get(candidate.backend).PRECISIONS
+        if candidate.precision not in offered:
+            raise TargetFileError(
+                f"target file '{target.path}': {candidate.backend} has no precision '{candidate.precision}'",
+                "it offers " + ", ".join(offered),
+            )
 
 
 def read_target(path: Path) -> Target:
-    """Parse one TOML profile, refusing unknown or missing keys."""
+    """Parse one TOML profile, refusing unknown or missing keys; does not ask the backends what they offer."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -121,6 +136,8 @@ def _threads(path: Path, rows: Any) -> tuple[int | Literal["all"], ...]:
 
 
 def _candidates(path: Path, rows: Any) -> tuple[CandidateSpec, ...]:
+    from edgekit.backends import BACKENDS
+
     if not isinstance(rows, list) or not rows:
         raise TargetFileError(f"target file '{path}' has no [[candidates]]", "add at least one backend and precision")
     out = []
@@ -130,21 +147,13 @@ def _candidates(path: Path, rows: Any) -> tuple[CandidateSpec, ...]:
                 f"target file '{path}': candidate {row!r} is no table", "give { backend = ..., precision = ... }"
             )
         _check_keys(path, row, _CANDIDATE_KEYS, required=_CANDIDATE_KEYS)
-        out.append(_candidate(path, row))
-    return tuple(out)
-
-
-def _candidate(path: Path, row: dict[str, Any]) -> CandidateSpec:
-    from edgekit import backends
-
-    backend = _one_of(path, "backend", row["backend"], tuple(backends.BACKENDS))
-    precision = _one_of(path, "precision", row["precision"], PRECISIONS)
-    offered = backends.get(backend).PRECISIONS
-    if precision not in offered:
-        raise TargetFileError(
-            f"target file '{path}': {backend} has no precision '{precision}'", "it offers " + ", ".join(offered)
+        out.append(
+            CandidateSpec(
+                _one_of(path, "backend", row["backend"], tuple(BACKENDS)),
+                _one_of(path, "precision", row["precision"], PRECISIONS),
+            )
         )
-    return CandidateSpec(backend, precision)
+    return tuple(out)
 
 
 def _check_keys(path: Path, data: dict[str, Any], known: set[str], required: set[str]) -> None:
