@@ -45,7 +45,7 @@ class Layer:
     weight_bytes: int
 
 
-def inspect(model: ir.Model, lowered: ir.Model | None = None) -> dict[str, Any]:
+def inspect(model: ir.Model, lowered: ir.Model | None = None, *, backends_too: bool = True) -> dict[str, Any]:
     """Describe a model; JSON-ready. lowered: what the backends would be handed, if it is not the model itself.
 
     Keys: schema, signature, opset, nodes, ops {operator: count}, parameters, weight_bytes, macs, activation_peak_bytes,
@@ -76,7 +76,7 @@ def inspect(model: ir.Model, lowered: ir.Model | None = None) -> dict[str, Any]:
         "activation_peak_bytes": peak,
         "activation_peak_at": at if peak is not None else None,
         "layers": [asdict(r) for r in rows],
-        "backends": {name: _verdict(name, lowered or model) for name in backends.BACKENDS},
+        "backends": {name: _verdict(name, lowered or model) for name in backends.BACKENDS if backends_too},
         "reasons": reasons,
     }
 

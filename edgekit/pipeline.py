@@ -219,7 +219,7 @@ def bench(
     Returns the bench document (schema 1) and appends the raw measurements to `build/results.jsonl`.
     """
     from edgekit.bench.results import RESULTS_FILE
-    from edgekit.bench.run import run_bench
+    from edgekit.bench.run import new_run_id, run_bench
     from edgekit.model import Signature
 
     root = artifact.check_build(Path(build))
@@ -229,7 +229,7 @@ def bench(
     if dataset is not None:
         _check_labels(dataset, Signature.from_json(next(iter(manifests.values())).signature))
     warnings = _data_warnings(dataset, manifests, progress)
-    documents = []
+    documents, run_id = [], new_run_id()
     for name in dict.fromkeys(m.target for m in manifests.values()):
         documents.append(
             run_bench(
@@ -244,9 +244,11 @@ def bench(
                 sample_limit=samples,
                 batch=batch,
                 results_path=root / RESULTS_FILE,
+                warnings=warnings,
+                run_id=run_id,
             )
         )
-    return _with_warnings(_merged(documents), warnings)
+    return _merged(documents)
 
 
 def report(build: Path | str, *, out: Path | str | None = None, kind: str | None = None) -> str:
@@ -272,7 +274,20 @@ def latest_document(root: Path) -> dict[str, Any]:
     notes: list[str] = []
     measured = read(path, notes.append)
     by_target = {name: [m for m in measured if m.target == name] for name in dict.fromkeys(m.target for m in measured)}
-    return _with_warnings(_merged([document(latest(lines)) for lines in by_target.values()]), notes)
+    merged = _merged([document(latest(lines)) for lines in by_target.values()])
+    return {**merged, "warnings": [*merged["warnings"], *notes, *_outdated(root, merged)]}
+
+
+def _outdated(root: Path, document: Mapping[str, Any]) -> list[str]:
+    """Which measured artifacts are no longer what stands in the build."""
+    now = {path: artifact.read_manifest(path, verify=False).sha256 for path in artifact.artifacts(root)}
+    stale = set()
+    for row in document["artifacts"]:
+        where = root / row["target"] / f"{row['backend']}-{row['precision']}"
+        if now.get(where) != row["sha256"]:
+            stale.add(f"{row['target']}/{where.name}")
+    told = ", ".join(sorted(stale))
+    return [f"measured before they were made again or removed: {told}; run `edgekit bench {root}`"] if stale else []
 
 
 def _manifests(root: Path, targets: Sequence[str]) -> dict[Path, artifact.Manifest]:
@@ -424,15 +439,15 @@ def _probe(dataset: Dataset, manifests: Mapping[Path, artifact.Manifest], progre
 
 
 def _merged(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One document for several targets, measured one after the other on the same machine."""
+    """One document for several targets, measured one after the other on the same machine: their warnings together."""
     merged = dict(documents[-1])
+    machine = [w for d in documents for w in d["machine"].get("warnings") or ()]
+    merged["machine"] = {**merged["machine"], "before": documents[0]["machine"].get("before")}
+    merged["machine"]["warnings"] = list(dict.fromkeys(machine))
+    merged["warnings"] = list(dict.fromkeys(w for d in documents for w in d["warnings"]))
     merged["artifacts"] = [row for d in documents for row in d["artifacts"]]
     merged["verdict"] = {name: v for d in documents for name, v in d["verdict"].items()}
     return merged
-
-
-def _with_warnings(document: dict[str, Any], warnings: Sequence[str]) -> dict[str, Any]:
-    return {**document, "warnings": list(warnings)}
 
 
 def inspect(

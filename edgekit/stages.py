@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 FOLD_BOUND = 1e-4  # of the largest output: float32 rounding through a deep network; the issue's own bound
 FOLD_SAMPLES = 32
-VERIFY_SAMPLES = 256  # label agreement in steps of 0.4 points
+VERIFY_SAMPLES, VERIFY_LEAST = 256, 32  # label agreement in steps of 0.4 points, and of 3
+VERIFY_MACS = 4 * 10**9  # 256 samples up to 15 M multiply-accumulates each: ResNet8, MobileNetV2 for CIFAR
 _ONNX, _RECORD, _SHA256 = "model.onnx", "record.json", "model_sha256"
 
 
@@ -185,10 +186,18 @@ class Conversion:
     def _verify(self, backend: backends.Backend, folder: Path, model: ir.Model, spec: CandidateSpec) -> dict[str, Any]:
         from edgekit import verify
 
-        data = self.bound.take(VERIFY_SAMPLES, self.seed)
+        data = self.bound.take(self._verify_samples, self.seed)
         if spec.precision == "int8":
             return verify.quantized(backend, folder, model, data)
         return verify.floating(backend, folder, self.source[0], data, spec.precision)
+
+    @cached_property
+    def _verify_samples(self) -> int:
+        """As many as keep the reference's exact arithmetic to a minute: fewer for a model with more to multiply."""
+        from edgekit.inspection import inspect
+
+        macs = inspect(self.folded[0], backends_too=False)["macs"] or VERIFY_MACS // VERIFY_LEAST
+        return max(VERIFY_LEAST, min(VERIFY_SAMPLES, VERIFY_MACS // max(1, macs)))
 
     def _manifest(
         self,

@@ -144,7 +144,7 @@ def quantized(backend: Backend, folder: Path, model: ir.Model, data: Dataset) ->
     reasons = []
     if out["per_op_max_lsb"] is not None and out["per_op_max_lsb"] > MAX_LSB:
         reasons.append(f"an operator is {out['per_op_max_lsb']} LSB off the reference (at most {MAX_LSB} is rounding)")
-    far = out.get("sqnr_db") is not None and out["sqnr_db"] < MIN_SQNR_DB
+    far = out["sqnr_db"] is not None and out["sqnr_db"] < MIN_SQNR_DB
     if far and (out["label_agreement"] is None or out["label_agreement"] < MIN_LABEL_AGREEMENT):
         labels = out["label_agreement"]
         told = "" if labels is None else f", and only {labels:.1%} of the labels are its"
