@@ -610,3 +610,24 @@ def test_weights_are_float32_tensors_of_the_folded_graph() -> None:
     out = check(MODELS["mobile_nhwc"]())
     kinds = {int(v.dtype) for v in out.graph.initializers.values() if v.dtype is not None}
     assert kinds <= {TensorProto.FLOAT, TensorProto.INT64}
+
+
+def test_transposes_around_a_branching_activation_cancel() -> None:
+    """Hard-swish as Keras exports it, between two convolutions in NHWC: the input is read twice."""
+    rng = np.random.default_rng(0)
+    model = build(
+        """g (float[batch,9,9,3] x) => (float[batch,9,9,4] y) {
+          a = Transpose<perm=[0,3,1,2]>(x)  b = Conv<kernel_shape=[3,3],pads=[1,1,1,1]>(a, w)
+          c = Transpose<perm=[0,2,3,1]>(b)  d = Add(c, three)  e = Clip(d, zero, six)  f = Mul(c, e)
+          s = ReduceMean<keepdims=1>(f, axes)  m = Mul(f, s)
+          h = Transpose<perm=[0,3,1,2]>(m)  i = Conv<kernel_shape=[1,1]>(h, v)  y = Transpose<perm=[0,2,3,1]>(i) }""",
+        w=rng.normal(size=(4, 3, 3, 3)).astype(np.float32),
+        v=rng.normal(size=(4, 4, 1, 1)).astype(np.float32),
+        three=np.float32(3), zero=np.float32(0), six=np.float32(6), axes=np.array([1, 2], np.int64),
+    )  # fmt: skip
+    folded = Fold()(model, None)
+    assert sum(n.op_type == "Transpose" for n in folded.graph) == 2
+    assert M.to_bytes(Fold()(model, None)) == M.to_bytes(folded)
+    x = {"x": rng.normal(size=(2, 9, 9, 3)).astype(np.float32)}
+    (expected,) = ReferenceEvaluator(M.to_proto(model)).run(None, x)
+    assert M.difference(expected, M.FloatSession(folded, optimize=False).run(x)["y"]) < 1e-5

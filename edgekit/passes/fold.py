@@ -64,7 +64,7 @@ def _content(model: ir.Model) -> bytes | int:
 
 
 def _round(model: ir.Model) -> ir.Model:
-    model = fold_runtime.simplify(model)
+    model = fold_runtime.without_transposes(fold_runtime.simplify(model))
     _tidy(model, merge=True)
     fold_shapes.annotate(model, thorough=True)
     while fold_moves.fold(model.graph) or fold_affine.fold(model.graph) or fold_patterns.fold(model.graph):
