@@ -189,8 +189,13 @@ def _without_rounding(model: ir.Model, names: list[str]) -> ir.Model:
 
 def note(backend_name: str, record: dict[str, Any]) -> str:
     """Why an int8 artifact differs from the reference end to end, in a sentence; empty when there is nothing to say."""
-    if not record.get("unrounded") or record["label_agreement"] is None:
+    if not record.get("unrounded") or record["label_agreement"] is None or record["label_agreement"] == 1:
         return ""
+    if record["label_agreement_unrounded"] <= record["label_agreement"]:
+        return (
+            f"{record['label_agreement']:.1%} of {backend_name}'s labels are the integer reference's; that it adds "
+            f"{len(record['unrounded'])} residual(s) before rounding does not explain the rest"
+        )
     return (
         f"{backend_name} adds {len(record['unrounded'])} residual(s) inside the convolution, before rounding: "
         f"{record['label_agreement']:.1%} of the labels are the integer reference's, "

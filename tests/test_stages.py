@@ -155,3 +155,33 @@ def test_difference_sees_what_a_maximum_hides() -> None:
     assert M.difference(want, np.array([1.0, 2.002], np.float32)) == pytest.approx(0.001, rel=1e-3)
     masked = np.array([-np.inf, 1.0], np.float32)
     assert M.difference(masked, masked) == 0.0
+
+
+def test_a_mask_that_clean_up_folds_into_a_bias_stays_float(here: Path) -> None:
+    """logits + [-1e9, 0, 0]: as one bias it would take the whole int8 range, and every label with it."""
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.normal(size=(6, 8)), "v": rng.normal(size=(8, 3)), "b": np.zeros(8), "c": np.zeros(3)}
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gemm", ["x", "w", "b"], ["h"], name="first"),
+            helper.make_node("Relu", ["h"], ["r"], name="relu"),
+            helper.make_node("Gemm", ["r", "v", "c"], ["l"], name="last"),
+            helper.make_node("Add", ["l", "mask"], ["y"], name="mask"),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 6])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 3])],
+        [
+            *(numpy_helper.from_array(a.astype(np.float32), n) for n, a in weights.items()),
+            numpy_helper.from_array(np.array([-1e9, 0, 0], np.float32), "mask"),
+        ],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), here / "m.onnx")
+    np.savez(here / "d.npz", x=rng.normal(size=(200, 6)).astype(np.float32))
+    convert(here, "m.onnx", "d.npz")
+    row = next(
+        r
+        for r in pipeline.bench(here / "b", data=here / "d.npz", quick=True, threads=[1])["artifacts"]
+        if r["precision"] == "int8"
+    )
+    assert row["quality"]["agreement_with_float"] > 0.95

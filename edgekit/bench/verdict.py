@@ -102,7 +102,8 @@ def _speed_problem(row: Row) -> str | None:
     if high < 1:
         return None
     ratio = latency["ratio_to_best_float"]
-    return f"is not faster here: {ratio:.2f}× the time of the best float32 [{low:.2f}, {high:.2f}]"
+    told = f"{ratio:.2f}× the time of the best float32 [{low:.2f}, {high:.2f}]"
+    return f"is not faster here: {told}" if ratio >= 1 else f"is not shown to be faster by these samples: {told}"
 
 
 def _best_threads(rows: Sequence[Row]) -> list[Row]:

@@ -221,7 +221,11 @@ def _unfit(model: ir.Model, decision: Decision, seen: dict[str, Observed]) -> di
     out: dict[str, str] = {}
     chosen = set(decision.quantized)
     for node in model.graph:
-        if node.name not in chosen or weight_of(node) is not None:
+        if node.name not in chosen:
+            continue
+        if weight_of(node) is not None:
+            if told := _mask_in_bias(node, seen):
+                out[node.name or ""] = told
             continue
         reads = [v for v in node.inputs if v is not None and v.dtype == ir.DataType.FLOAT]
         spans = [s for v in reads if (s := _span(v, seen)) is not None]
@@ -233,6 +237,21 @@ def _unfit(model: ir.Model, decision: Decision, seen: dict[str, Observed]) -> di
                 f"its operands are {max(spans):.3g} and {min(spans):.3g} wide: one scale would lose the smaller"
             )
     return {name: reason for name, reason in out.items() if name}
+
+
+def _mask_in_bias(node: ir.Node, seen: dict[str, Observed]) -> str | None:
+    """Why a bias does not fit the products that it is added to: clean-up folds a mask behind a layer into its bias."""
+    weight, bias = folded(node)
+    source = node.inputs[0]
+    span = _span(source, seen) if source is not None else None
+    if bias is None or span is None or not bias.size:
+        return None
+    others = tuple(axis for axis in range(weight.ndim) if axis != weight_axis(node))
+    reach = span * float(np.abs(weight).sum(axis=others).max(initial=0))
+    largest = float(np.abs(bias).max())
+    if not largest > MASK_RATIO * reach > 0:
+        return None
+    return f"its bias reaches {largest:.3g}, its products at most {reach:.3g}: one scale would lose the products"
 
 
 def _span(value: ir.Value, seen: dict[str, Observed]) -> float | None:
