@@ -208,6 +208,12 @@ def open_build(root: Path) -> Path:
     return root
 
 
+def remove_if_empty(root: Path) -> None:
+    """Take back a build folder in which nothing was made."""
+    if [p.name for p in root.iterdir()] == [_MARKER]:
+        shutil.rmtree(root, ignore_errors=True)
+
+
 def check_build(root: Path) -> Path:
     """Raise ArtifactError unless `root` is a build folder of a known schema."""
     marker = root / _MARKER

@@ -110,7 +110,11 @@ def convert(
         trust=trust,
         progress=progress,
     )
-    job.check_names()  # reads the model: what is wrong with it is said once, not for each candidate
+    try:
+        job.check_names()  # reads the model: what is wrong with it is said once, not for each candidate
+    except BaseException:
+        artifact.remove_if_empty(root)
+        raise
     rows = [_make(job, item, _weight_bits(item.target, work, weight_bits)) for item in work]
     if all(r["status"] == "not run" for r in rows):
         raise UnsupportedOpError("; ".join(f"{r['candidate']}: {r['why']}" for r in rows), "no candidate could be made")

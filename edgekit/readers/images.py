@@ -105,7 +105,7 @@ def decode(path: Path, channels: int | None) -> Array:
                 gray = channels == 1 or (channels is None and image.mode in _GRAY)
                 return _pixels(image, gray, png=opened.format == "PNG")
     except (OSError, ValueError, SyntaxError, EOFError, TypeError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(repr(str(path)), "the file") or type(error).__name__
+        reason = str(error).replace(f" {str(path)!r}", "") or type(error).__name__
         raise ImageError(f"cannot decode image '{path}': {reason}", "replace or remove the file") from error
 
 
