@@ -185,3 +185,11 @@ def test_a_mask_that_clean_up_folds_into_a_bias_stays_float(here: Path) -> None:
         if r["precision"] == "int8"
     )
     assert row["quality"]["agreement_with_float"] > 0.95
+
+
+def test_what_stays_float_is_told_with_the_reason(here: Path) -> None:
+    save(here, "m", "recurrent")
+    np.savez(here / "d.npz", x=np.random.default_rng(0).normal(size=(40, 7, 5)).astype(np.float32))
+    done = pipeline.convert(here / "m.onnx", ["one"], targets_dir=here, data=here / "d.npz", out=here / "b")
+    notes = next(r["notes"] for r in done["artifacts"] if r["candidate"] == "onnxruntime-int8")
+    assert any("operators stay float" in n and "LSTM" in n for n in notes), notes
