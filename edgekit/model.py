@@ -100,7 +100,7 @@ def batch_of(sig: Signature) -> int | None:
 
 
 def to_proto(model: ir.Model) -> onnx.ModelProto:
-    """The model as an onnx.ModelProto; raises ShapeError over protobuf's 2 GiB."""
+    """The model as an onnx.ModelProto."""
     proto: onnx.ModelProto = ir.to_proto(model)
     return proto
 

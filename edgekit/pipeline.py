@@ -115,6 +115,7 @@ def convert(
     except BaseException:
         artifact.remove_if_empty(root)
         raise
+    job.probe()
     rows = [_make(job, item, _weight_bits(item.target, work, weight_bits)) for item in work]
     if all(r["status"] == "not run" for r in rows):
         raise UnsupportedOpError("; ".join(f"{r['candidate']}: {r['why']}" for r in rows), "no candidate could be made")

@@ -49,7 +49,6 @@ class Conversion:
     trust: bool
     progress: Progress
     warnings: list[str] = field(default_factory=list)
-    _probed: bool = False
     _quantized: dict[int, tuple[ir.Model, dict[str, Any], str]] = field(default_factory=dict)
 
     # --- stages ------------------------------------------------------------------------------------
@@ -141,7 +140,6 @@ class Conversion:
         from edgekit import verify
 
         backend = backends.get(spec.backend)
-        self._check_values()
         if spec.precision == "int8":
             model, record, parent = self.quantized(weight_bits)
         else:
@@ -303,11 +301,10 @@ class Conversion:
             "sample_ids": chosen.sample_ids(),
         }
 
-    def _check_values(self) -> None:
+    def probe(self) -> None:
         """The probe of the preprocessing, once: a wrong scale ruins everything after it."""
-        if self.dataset is None or self._probed:
+        if self.dataset is None:
             return
-        self._probed = True
         from edgekit.probe import probe_model
 
         identity = {"step": "probe", "parent": self.source[2], "data": self._data_digest()}

@@ -42,7 +42,7 @@ class Session:
         self._compiled = _compile(core, model, config)
         self._request = self._compiled.create_infer_request()
         self.inputs: list[str] = [i.get_any_name() for i in model.inputs]
-        self._ports = [_artifact_name(o) for o in model.outputs]
+        self._ports = [o.get_any_name() for o in model.outputs]
         self._fixed = _common_batch(model)
         self._layers: dict[str, dict[str, Any]] = {}
         self._profile = profile
@@ -114,11 +114,6 @@ def _common_batch(model: Any) -> int:
             return 0
         sizes.add(shape[0].get_length())
     return int(sizes.pop()) if len(sizes) == 1 else 0
-
-
-def _artifact_name(port: Any) -> str:
-    """The first tensor name that the lowering kept; OpenVINO may add names of its own."""
-    return str(port.get_any_name())
 
 
 def open_session(folder: str, threads: int, batch: int = 0, profile: bool = False) -> Session:
