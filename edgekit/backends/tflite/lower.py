@@ -1,0 +1,157 @@
+"""ONNX model -> the file's graph, with every refusal of every node collected in one walk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from edgekit.backends.tflite.emitter import Emitter, identity
+from edgekit.backends.tflite.graph import Graph, Tensor
+from edgekit.backends.tflite.ops import LOWERINGS
+from edgekit.backends.tflite.prepare import Prepared, prepare
+from edgekit.backends.tflite.rules import INT8_FORM
+from edgekit.backends.tflite.values import Node, Refused, Value
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why one node cannot be lowered."""
+
+    node: str
+    op: str
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.op} '{self.node}': {self.reason} ({self.remedy})"
+
+
+@dataclass
+class Lowered:
+    """graph: complete only if `refusals` is empty. islands: nodes computed in float between quantized ones."""
+
+    graph: Graph
+    refusals: list[Refusal] = field(default_factory=list)
+    islands: list[str] = field(default_factory=list)
+    requantized: list[str] = field(default_factory=list)
+    fixed_batch: bool = False
+
+
+def lower(model: ir.Model) -> Lowered:
+    """model: opset >= 21, float or QDQ. Nothing is written to disk; raises ShapeError for open sizes."""
+    return _Walk(prepare(model)).run()
+
+
+class _Walk:
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+        self.e = Emitter()
+        self.e.know(prepared.nodes)
+        self.out = Lowered(self.e.graph, fixed_batch=prepared.fixed_batch)
+        self.out.refusals += [Refusal(n, op, r.reason, r.remedy) for n, op, r in prepared.refused]
+
+    def run(self) -> Lowered:
+        for name, value in self.prepared.inputs:
+            tensor = self.e.blank(value)
+            self.e.define(value, tensor)
+            self.e.graph.inputs.append((name, tensor))
+        for name, op, _ in self.prepared.refused:
+            self._poison([o for n in self.prepared.nodes if (n.name, n.op) == (name, op) for o in n.outputs])
+        for node in self.prepared.nodes:
+            self.e.node = node
+            mark = len(self.e.graph.operators)
+            try:
+                self._node(node)
+            except Refused as refused:
+                del self.e.graph.operators[mark:]
+                self.out.refusals.append(Refusal(node.name, node.op, refused.reason, refused.remedy))
+                self._poison(node.outputs)
+        self.e.node = None
+        if not self.out.refusals:
+            self._outputs()
+            _prune(self.e.graph)
+        return self.out
+
+    def _node(self, node: Node) -> None:
+        lowering = LOWERINGS.get(node.op)
+        if lowering is None:
+            raise Refused(f"{node.op} has no form in LiteRT yet", "replace it, or leave the tflite backend out")
+        reads = [v for v in node.inputs if v is not None and v.quant is not None]
+        writes = [v for v in node.outputs if v.quant is not None]
+        if not reads and not writes:
+            lowering(self.e, node)
+        elif node.op in INT8_FORM and _all_integer(node):
+            if node.op == "QuantizeLinear" and reads:
+                self.out.requantized.append(node.name)
+            lowering(self.e, node)
+        elif node.op == "QuantizeLinear":
+            lowering(self.e, node)
+        else:
+            self._island(node)
+
+    def _island(self, node: Node) -> None:
+        """The node in float: quantized inputs behind DEQUANTIZE, quantized outputs behind QUANTIZE."""
+        self.out.islands.append(node.name)
+        outputs = [v if v.quant is None else _float_twin(v) for v in node.outputs]
+        inside = Node(
+            node.op, node.name, [None if v is None else self.e.real(v) for v in node.inputs], outputs, node.attributes,
+            node.activation, node.extra,
+        )  # fmt: skip
+        LOWERINGS[node.op](self.e, inside)
+        for real, wanted in zip(outputs, node.outputs, strict=True):
+            if real is not wanted:
+                layout = (self.e.layouts(real) or [identity(real.rank)])[0]
+                self.e.emit(wanted, "QUANTIZE", [self.e.tensor(real, layout)], layout)
+
+    def _poison(self, values: list[Value]) -> None:
+        """Stand-ins for what a refused node would have made, so that the walk goes on and finds the other refusals."""
+        for value in values:
+            if not self.e.layouts(value):
+                self.e.define(value, self.e.blank(value))
+
+    def _outputs(self) -> None:
+        taken = {t for _, t in self.e.graph.inputs}
+        for name, value in self.prepared.outputs:
+            real = self.e.real(value)
+            tensor = self.e.tensor(real)
+            if tensor in taken or tensor.data is not None:
+                tensor = self._copied(tensor)
+            taken.add(tensor)
+            self.e.graph.outputs.append((name, tensor))
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        """A tensor of its own: LiteRT's inputs, constants and outputs may not be one."""
+        made = Tensor(f"{tensor.name}/output", tensor.dtype, tensor.shape, tensor.dynamic, tensor.quant)
+        sizes = self.e.sizes(tensor.shape, tensor.dynamic)
+        self.e.write("RESHAPE", [tensor, self.e.constant(np.array(sizes, np.int32))], [made], newShape=list(sizes))
+        return made
+
+
+def _float_twin(value: Value) -> Value:
+    return Value(f"{value.name}_unrounded", np.dtype(np.float32), value.shape, value.dynamic)
+
+
+def _all_integer(node: Node) -> bool:
+    """Whether all real-valued operands and results are quantized (parameters such as axes and sizes do not count)."""
+    values = [v for v in (*node.inputs, *node.outputs) if v is not None]
+    return all(v.quant is not None or v.dtype.kind != "f" or _parameter(node, v) for v in values)
+
+
+_PARAMETERS = {"Clip": (1, 2), "Pad": (2,), "Resize": (1, 2)}  # real-valued inputs that are no operands
+
+
+def _parameter(node: Node, value: Value) -> bool:
+    return value.data is not None and any(node.input(i) is value for i in _PARAMETERS.get(node.op, ()))
+
+
+def _prune(graph: Graph) -> None:
+    """Drop operators whose results nobody reads."""
+    needed = {t for _, t in graph.outputs}
+    kept = []
+    for operator in reversed(graph.operators):
+        if any(t in needed for t in operator.outputs):
+            kept.append(operator)
+            needed.update(t for t in operator.inputs if t is not None)
+    graph.operators[:] = reversed(kept)

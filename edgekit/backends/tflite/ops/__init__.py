@@ -1,0 +1,20 @@
+"""The table of lowerings: ONNX operator -> function that writes it with an Emitter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from edgekit.backends.tflite.emitter import Emitter
+from edgekit.backends.tflite.ops import convolution, dense, elementwise, moves, pool, quantization
+from edgekit.backends.tflite.values import Node
+
+Lowering = Callable[[Emitter, Node], None]
+
+LOWERINGS: Mapping[str, Lowering] = {
+    **convolution.LOWERINGS,
+    **dense.LOWERINGS,
+    **elementwise.LOWERINGS,
+    **moves.LOWERINGS,
+    **pool.LOWERINGS,
+    **quantization.LOWERINGS,
+}

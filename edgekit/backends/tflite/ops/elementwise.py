@@ -1,0 +1,217 @@
+"""Arithmetic between tensors, and the activations that LiteRT has as operators."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+
+from edgekit.backends.tflite.emitter import Emitter, identity
+from edgekit.backends.tflite.graph import Array, Layout, Quant, Tensor
+from edgekit.backends.tflite.prepare import activation_of
+from edgekit.backends.tflite.rules import FIXED_OUTPUT
+from edgekit.backends.tflite.values import Node, Refused, Value
+
+_NO_ACTIVATION = frozenset({"MAXIMUM", "MINIMUM"})
+
+
+def _binary(code: str) -> Callable[[Emitter, Node], None]:
+    """Two or more operands, broadcast; operators that compare pass on one of their operands and need one scale."""
+    return functools.partial(_fold, code=code)
+
+
+def _fold(e: Emitter, n: Node, code: str) -> None:
+    out = n.outputs[0]
+    values = [v for v in n.inputs if v is not None]
+    if code in _NO_ACTIVATION and any(v.quant is not None and not v.quant.same(out.quant) for v in values):
+        raise Refused("its scale differs between input and output", "quantize anew with edgekit")
+    if len(values) == 1:
+        return e.rename(out, values[0], identity(out.rank))
+    if len(values) > 2 and out.quant is not None and code not in _NO_ACTIVATION:
+        raise Refused("more than two quantized operands", "write it as a chain of two")
+    layout, tensors = e.aligned(values, out.rank)
+    result = tensors[0]
+    for index, other in enumerate(tensors[1:], 1):
+        last = index == len(tensors) - 1
+        options = {} if code in _NO_ACTIVATION else {"fusedActivationFunction": n.activation if last else "NONE"}
+        if code in ("ADD", "SUB") and result.kind == "qint16":
+            options["potScaleInt16"] = False
+        if last:
+            tensor = e.blank(out, layout)
+            if _fuses(result, code, n.activation):
+                e.write(code, [result, other], [tensor], **options)
+            else:
+                options["fusedActivationFunction"] = "NONE"
+                plain = e.op(code, [result, other], tensor.shape, quant=tensor.quant, dynamic=tensor.dynamic, **options)
+                e.write(n.activation, [plain], [tensor])
+            e.define(out, tensor, layout)
+        else:
+            shape = np.broadcast_shapes(result.shape, other.shape)
+            result = e.op(code, [result, other], shape, **options)
+
+
+def _fuses(x: Tensor, code: str, activation: str) -> bool:
+    """LiteRT's integer arithmetic without a scale has no fused activation."""
+    return activation == "NONE" or x.dtype == np.float32 or x.quant is not None or code in _NO_ACTIVATION
+
+
+def _unary(code: str, **options: object) -> Callable[[Emitter, Node], None]:
+    def run(e: Emitter, n: Node) -> None:
+        x, out = n.require(0), n.outputs[0]
+        _check_fixed(n, out)
+        layout = existing(e, x)
+        e.emit(out, code, [e.tensor(x, layout)], layout, **options)
+
+    return run
+
+
+def existing(e: Emitter, value: Value) -> Layout:
+    """A layout that `value` has already."""
+    return (e.layouts(value) or [identity(value.rank)])[0]
+
+
+def _check_fixed(n: Node, out: Value) -> None:
+    """int8 kernels of these write one scale, whatever the tensor says."""
+    wanted = FIXED_OUTPUT.get(n.op)
+    if wanted is None or out.quant is None or out.dtype != np.int8:
+        return
+    if not np.isclose(out.quant.scale, wanted[0], rtol=1e-6) or out.quant.zero != wanted[1]:
+        raise Refused(
+            f"LiteRT's int8 {n.op} writes scale {wanted[0]:g} and zero point {wanted[1]}", "quantize anew with edgekit"
+        )
+
+
+def _relu(e: Emitter, n: Node) -> None:
+    x, out = n.require(0), n.outputs[0]
+    activation = activation_of(n)
+    if out.quant is not None or activation is None or out.dtype != np.float32:
+        return _clip(e, n)
+    layout = existing(e, x)
+    e.emit(out, activation, [e.tensor(x, layout)], layout)
+
+
+def _clip(e: Emitter, n: Node) -> None:
+    """MAXIMUM and MINIMUM with constants; on integers with one scale the bounds are integers too."""
+    x, out = n.require(0), n.outputs[0]
+    low, high = (np.array(0.0), None) if n.op == "Relu" else (n.const(1), n.const(2))
+    if x.quant is not None and not x.quant.same(out.quant):
+        kind = activation_of(n)
+        if kind is None:
+            raise Refused("its scale differs between input and output", "quantize anew with edgekit")
+        layout = existing(e, x)
+        e.emit(out, kind, [e.tensor(x, layout)], layout)
+        return
+    layout = existing(e, x)
+    bounds = [(code, _stored(b, x)) for code, b in (("MAXIMUM", low), ("MINIMUM", high)) if b is not None]
+    bounds = [(code, b) for code, b in bounds if x.quant is None or not _never(code, b, x.dtype)]
+    if not bounds:
+        return e.rename(out, x, identity(x.rank))
+    tensor = e.tensor(x, layout)
+    for index, (code, bound) in enumerate(bounds):
+        constant = e.constant(bound, quant=x.quant)
+        if index == len(bounds) - 1:
+            e.emit(out, code, [tensor, constant], layout)
+        else:
+            tensor = e.op(code, [tensor, constant], tensor.shape, quant=x.quant, dynamic=tensor.dynamic)
+
+
+def _stored(bound: Array, x: Value) -> Array:
+    number = np.asarray(bound).reshape(-1)[0]
+    if x.quant is None:
+        return np.array(number, x.dtype)
+    info = np.iinfo(x.dtype)
+    return np.array(np.clip(np.rint(float(number) / x.quant.scale) + x.quant.zero, info.min, info.max), x.dtype)
+
+
+def _never(code: str, bound: Array, dtype: np.dtype[np.generic]) -> bool:
+    """Whether a stored bound clips no integer."""
+    info = np.iinfo(dtype)
+    return int(bound) == (info.min if code == "MAXIMUM" else info.max)
+
+
+def _leaky_relu(e: Emitter, n: Node) -> None:
+    x = n.require(0)
+    layout = existing(e, x)
+    e.emit(n.outputs[0], "LEAKY_RELU", [e.tensor(x, layout)], layout, alpha=n.float("alpha", 0.01))
+
+
+def _elu(e: Emitter, n: Node) -> None:
+    """LiteRT's ELU has alpha 1; another alpha scales what is below zero."""
+    x, out, alpha = n.require(0), n.outputs[0], n.float("alpha", 1.0)
+    layout = existing(e, x)
+    tensor = e.tensor(x, layout)
+    if alpha == 1.0:
+        e.emit(out, "ELU", [tensor], layout)
+        return
+    same = {"shape": tensor.shape, "dynamic": tensor.dynamic}
+    below = e.op("ELU", [e.op("MINIMUM", [tensor, e.constant(np.float32(0))], **same)], **same)
+    scaled = e.op("MUL", [below, e.constant(np.float32(alpha))], **same, fusedActivationFunction="NONE")
+    e.emit(out, "ADD", [e.op("RELU", [tensor], **same), scaled], layout, fusedActivationFunction="NONE")
+
+
+def _prelu(e: Emitter, n: Node) -> None:
+    x, slope, out = n.require(0), n.require(1), n.outputs[0]
+    if slope.data is None:
+        raise Refused("its slopes are computed", "make them constant")
+    layout, (tensor, alpha) = e.aligned([x, slope], x.rank)
+    if alpha.data is not None and len(alpha.shape) > 1 and alpha.shape[0] == 1:
+        alpha = e.constant(alpha.data[0], alpha.name, alpha.quant)
+    if len(alpha.shape) < x.rank - 1 and alpha.data is not None:  # XNNPACK and the kernel want [1, .., C]
+        alpha = e.constant(alpha.data.reshape((1,) * (x.rank - 1 - alpha.data.ndim) + alpha.data.shape), alpha.name, alpha.quant)
+    e.emit(out, "PRELU", [tensor, alpha], layout)
+
+
+def _softmax(e: Emitter, n: Node) -> None:
+    """LiteRT's works on the last axis in memory."""
+    x, out = n.require(0), n.outputs[0]
+    _check_fixed(n, out)
+    axis = n.int("axis", -1) % max(x.rank, 1)
+    if x.rank == 0:
+        raise Refused("its input has no axes")
+    layout = next((c for c in e.layouts(x) if c[-1] == axis), None)
+    if layout is None:
+        layout = (*(a for a in existing(e, x) if a != axis), axis)
+    options = {"beta": 1.0} if n.op == "Softmax" else {}
+    e.emit(out, "SOFTMAX" if n.op == "Softmax" else "LOG_SOFTMAX", [e.tensor(x, layout)], layout, **options)
+
+
+def _batch_norm(e: Emitter, n: Node) -> None:
+    """One factor and one addend per channel."""
+    if n.int("training_mode", 0):
+        raise Refused("it is in training mode", "export the model for inference")
+    x, out = n.require(0), n.outputs[0]
+    scale, shift, mean, variance = (np.asarray(n.const(i), np.float64) for i in (1, 2, 3, 4))
+    factor = scale / np.sqrt(variance + n.float("epsilon", 1e-5))
+    shape = (-1, *(1,) * (x.rank - 2)) if x.rank > 1 else (-1,)
+    factors, addends = (_constant(a.reshape(shape), n.name) for a in (factor, shift - mean * factor))
+    layout, (tensor, multiplier, addend) = e.aligned([x, factors, addends], x.rank)
+    product = e.op("MUL", [tensor, multiplier], tensor.shape, dynamic=tensor.dynamic, fusedActivationFunction="NONE")
+    e.emit(out, "ADD", [product, addend], layout, fusedActivationFunction="NONE")
+
+
+def _constant(array: Array, name: str, quant: Quant | None = None) -> Value:
+    data = np.asarray(array, np.float32)
+    return Value(f"{name}/const", data.dtype, data.shape, data=data, quant=quant)
+
+
+LOWERINGS: dict[str, Callable[[Emitter, Node], None]] = {
+    "Add": _binary("ADD"),
+    "Sub": _binary("SUB"),
+    "Mul": _binary("MUL"),
+    "Div": _binary("DIV"),
+    "Sum": _binary("ADD"),
+    "Max": _binary("MAXIMUM"),
+    "Min": _binary("MINIMUM"),
+    "Relu": _relu,
+    "Clip": _relu,
+    "LeakyRelu": _leaky_relu,
+    "PRelu": _prelu,
+    "Elu": _elu,
+    "Sigmoid": _unary("LOGISTIC"),
+    "Tanh": _unary("TANH"),
+    "HardSwish": _unary("HARD_SWISH"),
+    "Softmax": _softmax,
+    "LogSoftmax": _softmax,
+    "BatchNormalization": _batch_norm,
+}
