@@ -8,17 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from edgekit.preprocessing import Preprocessing
 
 # name -> module. Order is the order in which candidates are listed and ties are broken.
 BACKENDS: Mapping[str, str] = {
     "onnxruntime": "edgekit.backends.onnxruntime",
     "openvino": "edgekit.backends.openvino",
+    "tflite": "edgekit.backends.tflite",
 }
+
+
+@dataclass(frozen=True)
+class About:
+    """What a file may say of its model besides the numbers, where its format has a place for it.
+
+    description: one line. labels: names of the classes. io: "int8" gives quantized inputs and outputs their integers.
+    """
+
+    name: str = ""
+    description: str = ""
+    labels: tuple[str, ...] = ()
+    preprocessing: Preprocessing | None = None
+    io: Literal["float32", "int8"] = "float32"
 
 
 class Backend(Protocol):
@@ -52,10 +70,11 @@ class Backend(Protocol):
         int8; empty for a runtime that rounds each. Explains differences from the reference; see `verify.quantized`."""
         ...
 
-    def lower(self, model: ir.Model, precision: str, folder: Path) -> list[str]:
+    def lower(self, model: ir.Model, precision: str, folder: Path, about: About | None = None) -> list[str]:
         """Write the runtime's files for `model` into `folder`; returns notes a user should read (usually none).
 
         model: float for float32/float16, QDQ (the one quantized form) for int8. Tensor names and shapes are kept.
+        Raises UnsupportedOpError for what the runtime, or `about.io` in its format, cannot do.
         """
         ...
 

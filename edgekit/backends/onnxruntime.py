@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from edgekit import model as M
+from edgekit.backends import About
 from edgekit.backends.encoding import with_uint8_activations
 from edgekit.backends.saturation import PAIRS, SATURATED_BELOW, probe_operands
 
@@ -73,7 +74,7 @@ def unrounded(model: ir.Model) -> list[str]:
     return []
 
 
-def lower(model: ir.Model, precision: str, folder: Path) -> list[str]:
+def lower(model: ir.Model, precision: str, folder: Path, about: About | None = None) -> list[str]:
     """Write model.onnx; int8 activations become uint8 on x86, where those kernels are up to 4× faster.
 
     Source of that figure: MobileNetV3-small 6.3 ms with int8, 1.5 ms with uint8 activations (AVX2, one thread).

@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from edgekit import model as M
+from edgekit.backends import About
 from edgekit.backends.encoding import with_uint8_activations
 from edgekit.backends.saturation import PAIRS, SATURATED_BELOW, probe_operands
 from edgekit.errors import DiskError, UnsupportedOpError
@@ -109,7 +110,7 @@ def _sole_convolution(value: ir.Value | None) -> str | None:
     return quantized.name if source is not None and source.op_type == "Conv" else None
 
 
-def lower(model: ir.Model, precision: str, folder: Path) -> list[str]:
+def lower(model: ir.Model, precision: str, folder: Path, about: About | None = None) -> list[str]:
     """Write model.xml and model.bin. float16 halves the weights on disk; arithmetic stays float32."""
     import openvino as ov
 

@@ -1,1 +1,114 @@
 """LiteRT (TFLite) on the CPU: edgekit's own lowering of the one model, float or QDQ, to a .tflite file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as _installed
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from edgekit import model as M
+from edgekit.errors import DiskError, UnsupportedOpError
+
+if TYPE_CHECKING:
+    from edgekit.backends import About
+    from edgekit.backends.tflite.lower import Lowered, Refusal
+
+NAME = "tflite"
+PRECISIONS = ("float32", "float16", "int8", "int8-dynamic", "int8-weights")
+RUNNER = Path(__file__).parent.parent / "runners" / "tflite.py"
+FILE = "model.tflite"
+_TOLD = 8  # refusals that one error line spells out
+
+
+def missing() -> str | None:
+    return None if find_spec("ai_edge_litert") else "pip install 'edgekit[tflite]'"
+
+
+def version() -> str:
+    try:
+        return _installed("ai-edge-litert")
+    except PackageNotFoundError:
+        return _installed("tflite-runtime")
+
+
+def refuses(model: ir.Model) -> list[str]:
+    """Every node that cannot be lowered, with the reason and the remedy."""
+    return [str(r) for r in _lowered(model)[0].refusals]
+
+
+def saturates() -> bool:
+    """Never: XNNPACK's and LiteRT's int8 kernels sum in int32 on every CPU."""
+    return False
+
+
+def unrounded(model: ir.Model) -> list[str]:
+    """None: LiteRT rounds every tensor that its file says is int8."""
+    return []
+
+
+def lower(model: ir.Model, precision: str, folder: Path, about: About | None = None) -> list[str]:
+    """Write model.tflite. Nothing is written if a node is refused: the error names every one.
+
+    float16: weights in float16, arithmetic in float32. int8-weights: the same with int8 weights. int8-dynamic: float32
+    activations, quantized row by row as kernels run. int8: what the QDQ model says.
+    """
+    from edgekit.backends.tflite import check, weights
+    from edgekit.backends.tflite.writer import write
+
+    lowered, notes = _lowered(model, "float32" if about is None else about.io)
+    if lowered.refusals:
+        raise UnsupportedOpError(f"LiteRT cannot take this model: {_told(lowered.refusals)}", "leave this backend out")
+    if precision in ("float16", "int8-weights", "int8-dynamic"):
+        notes += weights.shrink(lowered.graph, precision)  # type: ignore[arg-type]
+    if lowered.islands:
+        notes.append(f"computed in float between int8: {_names(lowered.islands)}")
+    if lowered.requantized:
+        notes.append(f"requantized from one scale to another: {_names(lowered.requantized)}")
+    if precision == "int8":
+        notes += check.remarks(lowered.graph)
+    data = write([lowered.graph], _description(about))
+    try:
+        (folder / FILE).write_bytes(data)
+    except OSError as error:
+        raise DiskError(f"cannot write into '{folder}': {error.strerror}", "free some space or choose another --out") from error
+    return notes
+
+
+def _description(about: About | None) -> str:
+    return "edgekit" if about is None or not about.description else about.description
+
+
+def _lowered(model: ir.Model, io: str = "float32") -> tuple[Lowered, list[str]]:
+    """With an open batch if every node can have one, else for one sample."""
+    from edgekit.backends.tflite.lower import lower as lowered
+
+    first = lowered(model, io)
+    if not first.refusals or first.fixed_batch or M.batch_of(M.signature(model)) is not None:
+        return first, []
+    fixed = lowered(M.with_batch(model, 1), io)
+    if fixed.refusals:
+        return first, []
+    told = first.refusals[0]
+    return fixed, [f"written for batch 1: at '{told.node}' ({told.op}) {told.reason}"]
+
+
+def _told(refusals: list[Refusal]) -> str:
+    """All refusals in a line: the same reason once, with the number of nodes."""
+    counts = Counter((r.op, r.reason, r.remedy) for r in refusals)
+    first = {(r.op, r.reason, r.remedy): r.node for r in reversed(refusals)}
+    lines = [
+        f"{op} '{first[op, reason, remedy]}'{f' and {n - 1} more' if n > 1 else ''}: {reason} — {remedy}"
+        for (op, reason, remedy), n in counts.most_common()
+    ]
+    more = f"; and {len(lines) - _TOLD} more reasons" if len(lines) > _TOLD else ""
+    return "; ".join(lines[:_TOLD]) + more
+
+
+def _names(nodes: list[str]) -> str:
+    shown = ", ".join(f"'{n}'" for n in nodes[:4])
+    return shown + (f" and {len(nodes) - 4} more" if len(nodes) > 4 else "")

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from edgekit.backends.tflite.emitter import Emitter, identity
 from edgekit.backends.tflite.graph import Graph, Tensor
 from edgekit.backends.tflite.ops import LOWERINGS
+from edgekit.backends.tflite.peephole import clean
 from edgekit.backends.tflite.prepare import Prepared, prepare
 from edgekit.backends.tflite.rules import INT8_FORM
 from edgekit.backends.tflite.values import Node, Refused, Value
@@ -39,14 +40,18 @@ class Lowered:
     fixed_batch: bool = False
 
 
-def lower(model: ir.Model) -> Lowered:
-    """model: opset >= 21, float or QDQ. Nothing is written to disk; raises ShapeError for open sizes."""
-    return _Walk(prepare(model)).run()
+def lower(model: ir.Model, io: str = "float32") -> Lowered:
+    """model: opset >= 21, float or QDQ. Nothing is written to disk; raises ShapeError for open sizes.
+
+    io: "int8" makes quantized inputs and outputs int8 tensors instead of float32 ones.
+    """
+    return _Walk(prepare(model), io).run()
 
 
 class _Walk:
-    def __init__(self, prepared: Prepared) -> None:
+    def __init__(self, prepared: Prepared, io: str) -> None:
         self.prepared = prepared
+        self.io = io
         self.e = Emitter()
         self.e.know(prepared.nodes)
         self.out = Lowered(self.e.graph, fixed_batch=prepared.fixed_batch)
@@ -54,6 +59,7 @@ class _Walk:
 
     def run(self) -> Lowered:
         for name, value in self.prepared.inputs:
+            value = self._integer_input(value) if self.io == "int8" else value
             tensor = self.e.blank(value)
             self.e.define(value, tensor)
             self.e.graph.inputs.append((name, tensor))
@@ -71,7 +77,7 @@ class _Walk:
         self.e.node = None
         if not self.out.refusals:
             self._outputs()
-            _prune(self.e.graph)
+            clean(self.e.graph)
         return self.out
 
     def _node(self, node: Node) -> None:
@@ -83,12 +89,23 @@ class _Walk:
         if not reads and not writes:
             lowering(self.e, node)
         elif node.op in INT8_FORM and _all_integer(node):
-            if node.op == "QuantizeLinear" and reads:
-                self.out.requantized.append(node.name)
-            lowering(self.e, node)
+            self._integer(node)
         elif node.op == "QuantizeLinear":
             lowering(self.e, node)
         else:
+            self._island(node)
+
+    def _integer(self, node: Node) -> None:
+        """On integers; in float if the kernel has no such case, unless it has weights: those were meant for int8."""
+        if node.op == "QuantizeLinear" and not _same_scale(node):
+            self.out.requantized.append(node.name)
+        mark = len(self.e.graph.operators)
+        try:
+            LOWERINGS[node.op](self.e, node)
+        except Refused:
+            if any(v is not None and v.data is not None and v.rank > 1 for v in node.inputs) or node.op == "QuantizeLinear":
+                raise
+            del self.e.graph.operators[mark:]
             self._island(node)
 
     def _island(self, node: Node) -> None:
@@ -114,12 +131,29 @@ class _Walk:
     def _outputs(self) -> None:
         taken = {t for _, t in self.e.graph.inputs}
         for name, value in self.prepared.outputs:
-            real = self.e.real(value)
-            tensor = self.e.tensor(real)
+            if self.io == "int8" and value.quant is None and value.dtype == np.float32:
+                self._no_integers(value)
+                continue
+            tensor = self.e.tensor(value if self.io == "int8" else self.e.real(value))
             if tensor in taken or tensor.data is not None:
                 tensor = self._copied(tensor)
             taken.add(tensor)
             self.e.graph.outputs.append((name, tensor))
+
+    def _integer_input(self, value: Value) -> Value:
+        """What the input's only reader, a QuantizeLinear, makes of it: that is then the input."""
+        readers = self.e.readers(value)
+        if value.dtype != np.float32:
+            return value
+        if len(readers) != 1 or readers[0].op != "QuantizeLinear":
+            self._no_integers(value)
+            return value
+        self.prepared.nodes.remove(readers[0])
+        return readers[0].outputs[0]
+
+    def _no_integers(self, value: Value) -> None:
+        told = "it is computed or read in float, so it cannot be int8"
+        self.out.refusals.append(Refusal(value.name, "--io int8", told, "leave --io int8 out"))
 
     def _copied(self, tensor: Tensor) -> Tensor:
         """A tensor of its own: LiteRT's inputs, constants and outputs may not be one."""
@@ -127,6 +161,11 @@ class _Walk:
         sizes = self.e.sizes(tensor.shape, tensor.dynamic)
         self.e.write("RESHAPE", [tensor, self.e.constant(np.array(sizes, np.int32))], [made], newShape=list(sizes))
         return made
+
+
+def _same_scale(node: Node) -> bool:
+    quant = node.require(0).quant
+    return quant is not None and quant.same(node.outputs[0].quant)
 
 
 def _float_twin(value: Value) -> Value:
@@ -144,14 +183,3 @@ _PARAMETERS = {"Clip": (1, 2), "Pad": (2,), "Resize": (1, 2)}  # real-valued inp
 
 def _parameter(node: Node, value: Value) -> bool:
     return value.data is not None and any(node.input(i) is value for i in _PARAMETERS.get(node.op, ()))
-
-
-def _prune(graph: Graph) -> None:
-    """Drop operators whose results nobody reads."""
-    needed = {t for _, t in graph.outputs}
-    kept = []
-    for operator in reversed(graph.operators):
-        if any(t in needed for t in operator.outputs):
-            kept.append(operator)
-            needed.update(t for t in operator.inputs if t is not None)
-    graph.operators[:] = reversed(kept)

@@ -111,16 +111,20 @@ def _matmul(e: Emitter, n: Node) -> None:
         if quant is not None:
             quant = quant.on(0) if quant.per_tensor or quant.axis == 1 else _refuse_axis()
         return dense(e, n, x, weight.data.T, quant, None, None)
-    left, right = e.tensor(x), e.tensor(weight)
+    left = e.tensor(x)
+    swapped = (*range(weight.rank - 2), weight.rank - 1, weight.rank - 2)
+    have = e.layouts(weight)
+    turned = weight.rank >= 2 and bool(have) and identity(weight.rank) not in have and swapped in have
+    right = e.tensor(weight, swapped if turned else None)
     if x.rank == 1:
         left = e.reshape(left, (1, *x.shape))
     if weight.rank == 1:
         right = e.reshape(right, (*weight.shape, 1), weight.dynamic)
+    if x.rank > 1 and weight.rank > 1:
+        e.emit(out, "BATCH_MATMUL", [left, right], adjY=turned)
+        return
     whole = _product_shape(left, right)
     dynamic = {a for a in range(len(whole)) if _grows(left, right, len(whole), a)}
-    if whole == out.shape:
-        e.emit(out, "BATCH_MATMUL", [left, right])
-        return
     y = e.op("BATCH_MATMUL", [left, right], whole, quant=out.quant, dynamic=dynamic, dtype=out.dtype)
     e.define(out, e.reshape(y, out.shape, out.dynamic, out.name))
 
