@@ -10,23 +10,11 @@ import onnx_ir as ir
 
 from edgekit import model as M
 from edgekit.passes.plan import FIXED, Activation
+from edgekit.scheme import BINARY, EQUAL_SCALES, INTEGER, JOINS, WEIGHTED
 
-WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-# equal scale and zero point in and out (LiteRT int8 specification); several inputs only for Concat, Max and Min
-MOVES = frozenset(
-    {"MaxPool", "GlobalMaxPool", "AveragePool", "Pad", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"}
-    | {"Slice", "Split", "Gather", "Expand", "Tile", "Concat", "Resize", "Max", "Min", "ReduceMax", "ReduceMin"}
-    | {"DepthToSpace", "SpaceToDepth"}
-)
-JOINS = frozenset({"Concat", "Max", "Min"})
+MOVES = EQUAL_SCALES
 # moves that are worth doing on int8 when only what follows is quantized: they do not shrink the tensor
 LEADING = frozenset({"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Pad", "DepthToSpace", "SpaceToDepth"})
-BINARY = frozenset({"Add", "Sub", "Mul"})
-UNARY = frozenset(
-    {"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "Softmax", "HardSigmoid", "HardSwish"}
-    | {"GlobalAveragePool", "ReduceMean"}
-)
-QUANTIZABLE = WEIGHTED | MOVES | BINARY | UNARY
 # LiteRT fuses Relu and Relu6 into these
 FUSING = WEIGHTED | BINARY
 # A constant beyond this is a mask ("minus infinity"), not a number to be multiplied: quantizing it wipes out the rest.
@@ -146,7 +134,7 @@ def refusal(node: ir.Node) -> str | None:
     """Why the node cannot compute on integers whatever its ranges are, or None."""
     if node.outputs and all(v.dtype is not None and not v.dtype.is_floating_point() for v in node.outputs):
         return "it computes no real numbers"
-    if node.domain not in {"", "ai.onnx"} or node.op_type not in QUANTIZABLE:
+    if node.domain not in {"", "ai.onnx"} or node.op_type not in INTEGER:
         return f"{node.op_type} has no integer form"
     if not node.inputs or node.inputs[0] is None:
         return "no input"

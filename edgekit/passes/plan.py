@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from edgekit.errors import ArtifactError
+from edgekit.scheme import FIXED_OUTPUT
 
 # 1: first version
 PLAN_SCHEMA = 1
@@ -157,9 +158,8 @@ def activation(low: float, high: float, method: Method) -> Activation:
     return Activation(float(scale), zero_point, low, high, method)
 
 
-# LiteRT int8 specification: outputs of softmax and sigmoid are 1/256 with zero point -128, of tanh 1/128 with 0.
+# Softmax and Sigmoid write [0, 1), Tanh [-1, 1), whatever data say.
 FIXED: Mapping[str, Activation] = {
-    "Softmax": Activation(1 / 256, -128, 0.0, 255 / 256, "fixed"),
-    "Sigmoid": Activation(1 / 256, -128, 0.0, 255 / 256, "fixed"),
-    "Tanh": Activation(1 / 128, 0, -1.0, 127 / 128, "fixed"),
+    op: Activation(scale, zero, (QMIN - zero) * scale, (QMAX - zero) * scale, "fixed")
+    for op, (scale, zero) in FIXED_OUTPUT.items()
 }

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from edgekit.scheme import INTEGER
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -147,18 +149,7 @@ RULES: Mapping[str, Rule] = {
     "DEQUANTIZE": _rule("DequantizeOptions", "qint8:2 qint16:3 float16:3", "qint8"),
 }
 
-# ONNX operators whose int8 kernel needs the same scale and zero point in and out
-EQUAL_SCALES = frozenset(
-    {"MaxPool", "GlobalMaxPool", "AveragePool", "Pad", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"}
-    | {"Slice", "Split", "Gather", "Expand", "Tile", "Concat", "Resize", "Max", "Min", "ReduceMax", "ReduceMin"}
-    | {"DepthToSpace", "SpaceToDepth"}
-)
-# (scale, zero point) that LiteRT's int8 kernels write, whatever the tensor says
-FIXED_OUTPUT = {"Softmax": (1 / 256, -128), "Sigmoid": (1 / 256, -128), "Tanh": (1 / 128, 0), "LogSoftmax": (16 / 256, 127)}
 # ONNX operators with an int8 form in LiteRT; all others are computed in float between DEQUANTIZE and QUANTIZE
-INT8_FORM = EQUAL_SCALES | frozenset(
-    {"Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "Mul", "Relu", "Clip", "LeakyRelu", "PRelu", "Sigmoid"}
-    | {"Tanh", "Softmax", "HardSwish", "GlobalAveragePool", "ReduceMean", "HardSigmoid", "Gelu", "QuantizeLinear"}
-)
+INT8_FORM = INTEGER | {"PRelu", "Gelu", "QuantizeLinear"}
 # XNNPACK's int8 ADD, SUB and MUL refuse input/output scale ratios outside [2^-10, 2^8): xnnpack_delegate.cc
 XNNPACK_SCALE_RATIO = (2.0**-10, 2.0**8)

@@ -76,6 +76,12 @@ def _average_pool(e: Emitter, n: Node) -> None:
     counted = bool(n.int("count_include_pad", 0))
     declared = n.ints("pads", (0,) * len(w.begin) * 2)
     padding = w.padding(x.shape[1:-1])
+    if x.quant is not None and padding == "VALID" and w.kernel == x.shape[1:-1] and n.activation == "NONE":
+        # XNNPACK takes an int8 MEAN and no int8 AVERAGE_POOL_2D
+        quant = n.outputs[0].quant
+        axes = e.constant(np.array([1, 2], np.int32))
+        mean = e.op("MEAN", [x, axes], (x.shape[0], 1, 1, x.shape[-1]), quant=quant, keepDims=True)
+        return _define(e, n, mean)
     if padding == "VALID" or (padding == "SAME" and not counted):
         return _define(e, n, _pool(e, n, "AVERAGE_POOL_2D", x, w, padding))
     grown = n.int("ceil_mode", 0) and tuple(w.end[-(len(declared) // 2) :]) != tuple(declared[len(declared) // 2 :])
