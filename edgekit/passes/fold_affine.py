@@ -32,7 +32,7 @@ def fold(graph: ir.Graph) -> bool:
     for node in list(graph):
         if node.graph is None:
             continue
-        changed = fold_into_producer(node) or split_batch_norm(node) or changed
+        changed = fold_into_producer(node) or fold_into_consumer(node) or split_batch_norm(node) or changed
     return changed
 
 
@@ -61,6 +61,41 @@ def _behind_reshape(value: ir.Value | None) -> ir.Node | None:
     if reshape is None or not before or not after or before[-1] != after[-1] or not isinstance(after[-1], int):
         return None
     return G.sole_producer(reshape.inputs[0], "Gemm", "MatMul")
+
+
+def fold_into_consumer(node: ir.Node) -> bool:
+    """A factor before a convolution, taken into its weights: the 1/255 of a model that rescales its own input.
+
+    Only factors: what is added would be missing from the convolution's zero padding.
+    """
+    if not G.is_op(node, "Conv"):
+        return False
+    weight = G.array(node.inputs[1])
+    transpose = G.sole_producer(node.inputs[0], "Transpose")
+    scaled = node.inputs[0] if transpose is None else transpose.inputs[0]
+    product = G.sole_producer(scaled, "Mul")
+    source = None if product is None else _variable_input(product)
+    if weight is None or weight.dtype not in _FLOATS or product is None or source is None or scaled is None:
+        return False
+    order = G.integers(transpose, "perm") if transpose is not None else tuple(range(weight.ndim))
+    sizes = G.dims(source)
+    if order is None or sizes is None or sizes != G.dims(scaled):
+        return False
+    constant = next(c for c in map(G.array, product.inputs) if c is not None)
+    channels = int(weight.shape[1]) * G.integer(node, "group", 1)
+    factor = _per_channel(constant, weight.ndim, order[1], channels)
+    if factor is None or not np.isfinite(factor).all():
+        return False
+    groups = np.arange(weight.shape[0]) * G.integer(node, "group", 1) // weight.shape[0]
+    columns = groups[:, None] * weight.shape[1] + np.arange(weight.shape[1])
+    along = np.broadcast_to(factor, (channels,))[columns].reshape(*columns.shape, *[1] * (weight.ndim - 2))
+    with np.errstate(over="ignore"):
+        new_weight = (weight * along).astype(weight.dtype)
+    if not np.isfinite(new_weight).all():
+        return False
+    G.set_constant(node, 1, f"{node.name}/weight", new_weight)
+    G.bypass(product, source)
+    return True
 
 
 def split_batch_norm(node: ir.Node) -> bool:

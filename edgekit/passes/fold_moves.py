@@ -26,7 +26,7 @@ def _identity(node: ir.Node) -> bool:
     """Identity, Dropout outside of training, or the MatMul by ones of a Keras einsum with one operand."""
     training = len(node.inputs) > 2 and node.inputs[2] is not None
     same = G.is_op(node, "Identity", "Dropout") and not training
-    if not node.inputs or node.inputs[0] is None or not (same or _multiplies_by_one(node)):
+    if not node.inputs or node.inputs[0] is None or not (same or _multiplies_by_one(node) or _changes_nothing(node)):
         return False
     G.bypass(node, node.inputs[0])
     return node.graph is None
@@ -38,6 +38,15 @@ def _multiplies_by_one(node: ir.Node) -> bool:
         return False
     sizes = G.dims(node.inputs[0])
     return sizes is not None and sizes == G.dims(node.outputs[0])
+
+
+def _changes_nothing(node: ir.Node) -> bool:
+    """An addition of zeros or a product with ones that broadcasts nothing: a Keras Normalization nobody adapted."""
+    neutral = {"Add": 0.0, "Sub": 0.0, "Mul": 1.0, "Div": 1.0}.get(node.op_type)
+    if neutral is None or not G.is_op(node, node.op_type) or len(node.inputs) != 2:
+        return False
+    constant, sizes = G.array(node.inputs[1]), G.dims(node.inputs[0])
+    return constant is not None and bool((constant == neutral).all()) and sizes == G.dims(node.outputs[0]) is not None
 
 
 def _transpose(node: ir.Node) -> bool:
