@@ -9,7 +9,6 @@ def clean(graph: Graph) -> None:
     """In place; what no output needs is dropped."""
     maker = {t: o for o in graph.operators for t in o.outputs}
     outputs = {t for _, t in graph.outputs}
-    _keep_axes(graph, maker, outputs)
     same: dict[Tensor, Tensor] = {}
     for operator in graph.operators:
         operator.inputs[:] = [same.get(t, t) if t is not None else None for t in operator.inputs]
@@ -21,9 +20,10 @@ def clean(graph: Graph) -> None:
         if source.shape == made.shape and source.dynamic == made.dynamic and made not in outputs:
             same[made] = source
     _prune(graph)
+    _keep_axes(graph, outputs)
 
 
-def _keep_axes(graph: Graph, maker: dict[Tensor, Operator], outputs: set[Tensor]) -> None:
+def _keep_axes(graph: Graph, outputs: set[Tensor]) -> None:
     """A MEAN whose result is only given back its axes of size 1 keeps them."""
     readers: dict[Tensor, list[Operator]] = {}
     for operator in graph.operators:
@@ -44,7 +44,6 @@ def _keep_axes(graph: Graph, maker: dict[Tensor, Operator], outputs: set[Tensor]
             continue
         operator.options = {**operator.options, "keepDims": True}
         operator.outputs[0] = reshape.outputs[0]
-        maker[reshape.outputs[0]] = operator
         dead.add(reshape)
     graph.operators[:] = [o for o in graph.operators if o not in dead]
 
