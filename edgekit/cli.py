@@ -153,6 +153,20 @@ def main() -> None:
     "--calibration", type=click.Choice(["auto", "minmax", "percentile", "mse"]), default="auto", show_default=True
 )
 @click.option("--weight-bits", type=click.Choice(["auto", "7", "8"]), default="auto", show_default=True)
+@click.option(
+    "--io",
+    type=click.Choice(["float32", "int8"]),
+    default="float32",
+    show_default=True,
+    help="int8: a .tflite whose inputs and outputs are integers.",
+)
+@click.option(
+    "--input-layout",
+    type=click.Choice(["keep", "NHWC", "NCHW"]),
+    default="keep",
+    show_default=True,
+    help="Axis order of image inputs.",
+)
 @click.option("--keep-float", multiple=True, metavar="NODE", help="Leave this node in float.")
 @click.option("--random-calibration", is_flag=True, help="Calibrate on random inputs; every report says so.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)

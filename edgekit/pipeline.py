@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgekit import artifact, backends
 from edgekit.errors import (
@@ -71,6 +71,8 @@ def convert(
     seed: int = 0,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     trust: bool = False,
+    io: Literal["float32", "int8"] = "float32",
+    input_layout: Literal["keep", "NHWC", "NCHW"] = "keep",
     preprocessing: Preprocessing | None = None,
     label_column: str | None = None,
     labels: Path | None = None,
@@ -81,6 +83,8 @@ def convert(
 
     model: path of a .keras, .h5, SavedModel folder or .onnx.
     data: calibration data (see `edgekit.open_dataset`); needed for int8 unless `random_calibration`.
+    io: "int8" gives int8 artifacts integer inputs and outputs, where the format has them (tflite).
+    input_layout: axis order of image inputs; "keep" leaves the model's own.
     precisions: only these; float32 is always made beside them, as the baseline that `bench` compares with.
     Returns a JSON-ready summary; writes `out/<target>/<backend>-<precision>/`.
     """
@@ -108,6 +112,8 @@ def convert(
         seed=seed,
         shapes=dict(shapes or {}),
         trust=trust,
+        io=io,
+        input_layout=input_layout,
         progress=progress,
     )
     try:

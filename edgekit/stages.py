@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -48,6 +48,8 @@ class Conversion:
     shapes: Mapping[str, tuple[int, ...]]
     trust: bool
     progress: Progress
+    io: Literal["float32", "int8"] = "float32"
+    input_layout: Literal["keep", "NHWC", "NCHW"] = "keep"
     warnings: list[str] = field(default_factory=list)
     _quantized: dict[int, tuple[ir.Model, dict[str, Any], str]] = field(default_factory=dict)
 
@@ -62,6 +64,7 @@ class Conversion:
             "sha256": sources.digest_path(self.model),
             "shapes": {k: list(v) for k, v in self.shapes.items()},
             "trust": self.trust,
+            "input_layout": self.input_layout,
             "tools": _tools(),
             "keras": sources.keras_tools(),
         }
@@ -75,9 +78,14 @@ class Conversion:
                 progress=lambda stage: self.progress(stage, 0, 0),
             )
             record = {"file": self.model.name, "format": loaded.format, "sha256": loaded.sha256, **loaded.record}
-            return loaded.model, record
+            return self._turned(loaded.model), record
 
         return self._stage("import", identity, make)
+
+    def _turned(self, model: ir.Model) -> ir.Model:
+        from edgekit.passes.input_layout import InputLayout
+
+        return model if self.input_layout == "keep" else InputLayout(self.input_layout)(model, None)
 
     @cached_property
     def bound(self) -> Dataset:
@@ -152,6 +160,8 @@ class Conversion:
                 "target": target.name,
                 "runtime": backend.version(),
                 "data": self._data_digest(),
+                "io": self.io,
+                "labels": list(self._about.labels),
                 # the encoding is chosen for, and the proof holds on, this kind of CPU
                 "machine": platform.machine(),
                 "saturates": backend.saturates(),
@@ -163,7 +173,7 @@ class Conversion:
         if manifest is None:
             with artifact.staged(self.root, final) as folder:
                 self.progress(f"{target.name}: lower {spec.id}", 0, 0)
-                notes = backend.lower(model, spec.precision, folder)
+                notes = backend.lower(model, spec.precision, folder, self._about)
                 self.progress(f"{target.name}: verify {spec.id}", 0, 0)
                 parity = self._verify(backend, folder, model, spec)
                 notes = [*notes, *filter(None, [verify.note(backend.NAME, parity), _left_float(record.get("plan"))])]
@@ -181,6 +191,16 @@ class Conversion:
             "parity": manifest.parity,
             "notes": list(manifest.notes),
         }
+
+    @cached_property
+    def _about(self) -> backends.About:
+        return backends.About(
+            name=self.model.stem,
+            description=f"{self.model.name}, by edgekit {__version__}",
+            labels=self.dataset.classes if self.dataset is not None else (),
+            preprocessing=self.dataset.preprocessing if self.dataset is not None else None,
+            io=self.io,
+        )
 
     def _verify(self, backend: backends.Backend, folder: Path, model: ir.Model, spec: CandidateSpec) -> dict[str, Any]:
         from edgekit import verify
