@@ -82,6 +82,14 @@ class Dataset:
         """Class names in label order where the data name them, else empty."""
         return self._reader.classes
 
+    def pixel_inputs(self) -> tuple[str, ...]:
+        """Of bound data: the model's inputs whose raw samples are images of 8-bit pixels."""
+        if not self._bound:
+            return ()
+        raw = next(self._reader.chunks(1, self._selection, self._keys)).inputs
+        first = {b.spec.name: np.asarray(raw[b.key][0]) for b in self._bound}
+        return tuple(name for name, sample in first.items() if sample.dtype == np.uint8 and sample.ndim >= 2)
+
     def batches(self, size: int) -> Iterator[Batch]:
         """Up to `size` samples at a time (only the last batch is shorter), in file order.
 

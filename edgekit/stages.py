@@ -199,6 +199,7 @@ class Conversion:
             description=f"{self.model.name}, by edgekit {__version__}",
             labels=self.dataset.classes if self.dataset is not None else (),
             preprocessing=self.dataset.preprocessing if self.dataset is not None else None,
+            images=self.bound.pixel_inputs() if self.dataset is not None else (),
             io=self.io,
         )
 

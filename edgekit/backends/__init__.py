@@ -7,8 +7,8 @@ A backend is a module; nothing outside this file asks for one by name. Adding a 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
@@ -29,13 +29,15 @@ BACKENDS: Mapping[str, str] = {
 class About:
     """What a file may say of its model besides the numbers, where its format has a place for it.
 
-    description: one line. labels: names of the classes. io: "int8" gives quantized inputs and outputs their integers.
+    description: one line. labels: names of the classes. images: inputs whose raw samples are 8-bit pixels.
+    io: "int8" gives quantized inputs and outputs their integers.
     """
 
     name: str = ""
     description: str = ""
     labels: tuple[str, ...] = ()
     preprocessing: Preprocessing | None = None
+    images: tuple[str, ...] = ()
     io: Literal["float32", "int8"] = "float32"
 
 

@@ -11,8 +11,9 @@ import onnx_ir as ir
 
 from edgekit import model as M
 from edgekit.errors import ArtifactError, UnsupportedOpError
-from edgekit.passes.decide import FLOAT, WEIGHTED, data_inputs, weight_of
+from edgekit.passes.decide import FLOAT, data_inputs, weight_of
 from edgekit.passes.plan import QMAX, QMIN, Activation, QuantizationPlan, Weight
+from edgekit.scheme import WEIGHTED
 
 Array = np.ndarray[Any, Any]
 INT8 = ir.DataType.INT8

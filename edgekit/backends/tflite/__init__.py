@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from edgekit import model as M
-from edgekit.errors import DiskError, UnsupportedOpError
+from edgekit.errors import DiskError, LabelError, UnsupportedOpError
 
 if TYPE_CHECKING:
     from edgekit.backends import About
@@ -58,7 +58,6 @@ def lower(model: ir.Model, precision: str, folder: Path, about: About | None = N
     activations, quantized row by row as kernels run. int8: what the QDQ model says.
     """
     from edgekit.backends.tflite import check, weights
-    from edgekit.backends.tflite.writer import write
 
     lowered, notes = _lowered(model, "float32" if about is None else about.io)
     if lowered.refusals:
@@ -71,16 +70,36 @@ def lower(model: ir.Model, precision: str, folder: Path, about: About | None = N
         notes.append(f"requantized from one scale to another: {_names(lowered.requantized)}")
     if precision == "int8":
         notes += check.remarks(lowered.graph)
-    data = write([lowered.graph], _description(about))
+    data, told = _file(lowered, M.signature(model), about)
+    notes += told
     try:
         (folder / FILE).write_bytes(data)
     except OSError as error:
-        raise DiskError(f"cannot write into '{folder}': {error.strerror}", "free some space or choose another --out") from error
+        raise DiskError(
+            f"cannot write into '{folder}': {error.strerror}", "free some space or choose another --out"
+        ) from error
     return notes
 
 
-def _description(about: About | None) -> str:
-    return "edgekit" if about is None or not about.description else about.description
+def _file(lowered: Lowered, sig: M.Signature, about: About | None) -> tuple[bytes, list[str]]:
+    """The file's bytes, with the metadata that apps read where there is something to say, and notes."""
+    from edgekit.backends.tflite.describe import describe, label_files
+    from edgekit.backends.tflite.metadata import ENTRY, append_files, model_metadata
+    from edgekit.backends.tflite.writer import write
+    from edgekit.preprocessing import Preprocessing
+
+    if about is None:
+        return write([lowered.graph], "edgekit"), []
+    labels, notes = about.labels, []
+    how = about.preprocessing or Preprocessing()
+    told = describe(about.name, sig, how, images=about.images, labels=labels, text=about.description)
+    try:
+        files = label_files(told, labels)
+    except LabelError as error:
+        files, notes = {}, [f"no labels in the file: {error.what}"]
+        told = describe(about.name, sig, how, images=about.images, text=about.description)
+    data = write([lowered.graph], about.description, {ENTRY: model_metadata(told)})
+    return append_files(data, files), notes
 
 
 def _lowered(model: ir.Model, io: str = "float32") -> tuple[Lowered, list[str]]:

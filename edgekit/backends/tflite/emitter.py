@@ -164,7 +164,9 @@ class Emitter:
             self._constants[key] = Tensor(label, data.dtype, data.shape, frozenset(), quant, data)
         return self._constants[key]
 
-    def reshape(self, tensor: Tensor, shape: Sequence[int], dynamic: Iterable[int] | None = None, name: str = "") -> Tensor:
+    def reshape(
+        self, tensor: Tensor, shape: Sequence[int], dynamic: Iterable[int] | None = None, name: str = ""
+    ) -> Tensor:
         """`tensor` with another shape; itself if it has that shape. dynamic: as in `op`."""
         if dynamic is None:
             dynamic = (0,) if shape and 0 in tensor.dynamic else ()
@@ -232,7 +234,11 @@ class Emitter:
         missing = len(layout) - value.rank
         own = tuple(a - missing for a in layout if a >= missing)
         have = self.layouts(value)
-        return 0 if own in have or any(_same_order(value.shape, own, h) for h in have) else max(1, int(np.prod(value.shape)))
+        return (
+            0
+            if own in have or any(_same_order(value.shape, own, h) for h in have)
+            else max(1, int(np.prod(value.shape)))
+        )
 
     def _moved(self, value: Value, layout: Layout) -> Tensor:
         """From a layout that exists: a RESHAPE where only axes of size 1 move, else a TRANSPOSE."""
@@ -280,9 +286,7 @@ def _squeezed(array: Array) -> Array:
     return array
 
 
-def _same_order(
-    shape: tuple[int, ...], first: Layout, second: Layout, dynamic: Iterable[int] = ()
-) -> bool:
+def _same_order(shape: tuple[int, ...], first: Layout, second: Layout, dynamic: Iterable[int] = ()) -> bool:
     """Whether both layouts hold the elements in the same order in memory: only axes of size 1 differ in place."""
     large = {a for a, size in enumerate(shape) if size != 1} | set(dynamic)
     return [a for a in first if a in large] == [a for a in second if a in large]

@@ -103,7 +103,10 @@ class _Walk:
         try:
             LOWERINGS[node.op](self.e, node)
         except Refused:
-            if any(v is not None and v.data is not None and v.rank > 1 for v in node.inputs) or node.op == "QuantizeLinear":
+            if (
+                any(v is not None and v.data is not None and v.rank > 1 for v in node.inputs)
+                or node.op == "QuantizeLinear"
+            ):
                 raise
             del self.e.graph.operators[mark:]
             self._island(node)

@@ -33,7 +33,12 @@ def _keep_axes(graph: Graph, outputs: set[Tensor]) -> None:
     dead: set[Operator] = set()
     for operator in graph.operators:
         made = operator.outputs[0]
-        if operator.code != "MEAN" or operator.options.get("keepDims") or made in outputs or len(readers.get(made, ())) != 1:
+        if (
+            operator.code != "MEAN"
+            or operator.options.get("keepDims")
+            or made in outputs
+            or len(readers.get(made, ())) != 1
+        ):
             continue
         reshape, source = readers[made][0], operator.inputs[0]
         axes = operator.inputs[1]

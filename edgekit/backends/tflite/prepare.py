@@ -16,7 +16,9 @@ from edgekit.backends.tflite.shapes import Shapes, shapes
 from edgekit.backends.tflite.values import Node, Refused, Value
 
 _MOST = 1 << 26  # elements of a constant that is computed here
-_RANDOM = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"})
+_RANDOM = frozenset(
+    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
+)
 
 
 @dataclass(eq=False)
@@ -194,7 +196,7 @@ class _Reader:
         _signed(after, self._quant(node, after.rank))
         if after.dtype not in (np.int8, np.int16):
             raise Refused(f"it quantizes to {after.dtype}", "quantize to int8 with edgekit")
-        producer = self.out.nodes[-1] if self.out.nodes and before in self.out.nodes[-1].outputs else self._writer(before)
+        producer = self._writer(before)
         alone = len(source.uses()) == 1 and not source.is_graph_output()
         if producer is not None and alone and before.quant is None:
             producer.outputs[producer.outputs.index(before)] = after

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,17 +65,17 @@ class Node:
     activation: str = "NONE"
     extra: dict[str, Any] = field(default_factory=dict)
 
-    def input(self, index: int) -> Value | None:
+    def input(self, index: builtins.int) -> Value | None:
         """The input at `index`; None where it is absent."""
         return self.inputs[index] if index < len(self.inputs) else None
 
-    def require(self, index: int) -> Value:
+    def require(self, index: builtins.int) -> Value:
         value = self.input(index)
         if value is None:
             raise Refused(f"it has no input {index}")
         return value
 
-    def const(self, index: int) -> Array | None:
+    def const(self, index: builtins.int) -> Array | None:
         """The real numbers of a constant input; None where it is absent. Refused if it is computed."""
         value = self.input(index)
         if value is None:
@@ -83,24 +84,24 @@ class Node:
             raise Refused(f"its input {index} ('{value.name}') is not constant", "fix it in the model")
         return value.real
 
-    def int(self, name: str, default: int) -> int:
+    def int(self, name: builtins.str, default: builtins.int) -> builtins.int:
         if name in self.extra:
             return int(self.extra[name])
         return default if self.attributes is None else int(self.attributes.attributes.get_int(name, default) or 0)
 
-    def ints(self, name: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:
+    def ints(self, name: builtins.str, default: tuple[builtins.int, ...] = ()) -> tuple[builtins.int, ...]:
         if name in self.extra:
             return tuple(self.extra[name])
         found = None if self.attributes is None else self.attributes.attributes.get_ints(name, None)
         return default if found is None else tuple(int(i) for i in found)
 
-    def float(self, name: str, default: float) -> float:
+    def float(self, name: builtins.str, default: builtins.float) -> builtins.float:
         if name in self.extra:
             return float(self.extra[name])
         found = None if self.attributes is None else self.attributes.attributes.get_float(name, None)
         return default if found is None else float(found)
 
-    def str(self, name: str, default: str) -> str:
+    def str(self, name: builtins.str, default: builtins.str) -> builtins.str:
         if name in self.extra:
             return str(self.extra[name])
         found = None if self.attributes is None else self.attributes.attributes.get_string(name, None)

@@ -23,9 +23,10 @@ def write(graphs: Sequence[Graph], description: str, metadata: Mapping[str, byte
     total = sum(t.data.nbytes for g in graphs for t in _tensors(g) if t.data is not None)
     if total >= _LIMIT:
         raise UnsupportedOpError(
-            f"the weights are {total / 1e9:.1f} GB; a .tflite holds at most 2 GB", "use --precision int8 or another backend"
+            f"the weights are {total / 1e9:.1f} GB; a .tflite holds at most 2 GB",
+            "use --precision int8 or another backend",
         )
-    return _Writer(graphs, description, metadata).bytes(total)
+    return _Writer(graphs, description, metadata).pack(total)
 
 
 def _tensors(graph: Graph) -> Iterator[Tensor]:
@@ -58,7 +59,7 @@ class _Writer:
             self._subgraph(graph, index)
         self.model.metadata = [self._metadata(name, data) for name, data in metadata.items()]
 
-    def bytes(self, size: int) -> bytes:
+    def pack(self, size: int) -> bytes:
         import flatbuffers
 
         builder = flatbuffers.Builder(size + size // 64 + 65536)
@@ -73,7 +74,7 @@ class _Writer:
             def Pack(self, builder: Any) -> Any:
                 if data is None or data.size == 0:
                     return super().Pack(builder)
-                raw = memoryview(np.ascontiguousarray(data)).cast("B")
+                raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
                 builder.StartVector(1, len(raw), _ALIGNMENT)
                 builder.head = builder.head - len(raw)
                 builder.Bytes[builder.head : builder.head + len(raw)] = raw
@@ -87,7 +88,7 @@ class _Writer:
     def _store(self, data: Array) -> int:
         """Index of the buffer that holds these bytes; equal ones are one."""
         raw = np.ascontiguousarray(data.astype(np.uint8) if data.dtype == np.bool_ else data)
-        key = hashlib.sha256(memoryview(raw.reshape(-1)).cast("B") if raw.size else b"").digest()
+        key = hashlib.sha256(raw.reshape(-1).view(np.uint8).data).digest()
         if key not in self.stored:
             self.stored[key] = len(self.model.buffers)
             self.model.buffers.append(self._buffer(raw.reshape(-1)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from edgekit.backends.tflite.emitter import Emitter, channels_last
@@ -58,7 +60,14 @@ _Part = tuple[Tensor, Tensor, Tensor, bool]
 
 
 def _parts(
-    e: Emitter, n: Node, x: Tensor, data: Array, quant: Quant | None, bias: Array | None, bias_quant: Quant | None, group: int
+    e: Emitter,
+    n: Node,
+    x: Tensor,
+    data: Array,
+    quant: Quant | None,
+    bias: Array | None,
+    bias_quant: Quant | None,
+    group: int,
 ) -> list[_Part]:
     """(input, weights, bias, whether depthwise) of each LiteRT convolution that the node needs; usually one."""
     inputs, outputs = x.shape[-1], data.shape[0]
@@ -88,8 +97,8 @@ def _one(
         -(-size // s) if padding == "SAME" else (size - (k - 1) * d - 1) // s + 1
         for size, k, s, d in zip(x.shape[1:-1], w.kernel, w.strides, w.dilations, strict=True)
     ]
-    channels = kernel.shape[-1] if depthwise or kernel.data is not None and kernel.data.ndim == 5 else kernel.shape[0]
-    common = {"padding": padding, "fusedActivationFunction": n.activation}
+    channels = kernel.shape[-1] if depthwise or (kernel.data is not None and kernel.data.ndim == 5) else kernel.shape[0]
+    common: dict[str, Any] = {"padding": padding, "fusedActivationFunction": n.activation}
     common |= {"strideH": w.strides[-2], "strideW": w.strides[-1]}
     common |= {"dilationHFactor": w.dilations[-2], "dilationWFactor": w.dilations[-1]}
     code = "CONV_2D"

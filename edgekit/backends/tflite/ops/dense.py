@@ -42,7 +42,7 @@ def _refuse_axis() -> Quant:
 
 
 def _per_output(bias: Value, output: Value) -> bool:
-    return bias.rank == 0 or all(size == 1 for size in bias.shape[:-1]) and bias.shape[-1] in (1, output.shape[-1])
+    return bias.rank == 0 or (all(size == 1 for size in bias.shape[:-1]) and bias.shape[-1] in (1, output.shape[-1]))
 
 
 def dense(

@@ -35,7 +35,9 @@ def _fold(e: Emitter, n: Node, code: str) -> None:
     result = tensors[0]
     for index, other in enumerate(tensors[1:], 1):
         last = index == len(tensors) - 1
-        options = {} if code in _NO_ACTIVATION else {"fusedActivationFunction": n.activation if last else "NONE"}
+        options: dict[str, Any] = {}
+        if code not in _NO_ACTIVATION:
+            options["fusedActivationFunction"] = n.activation if last else "NONE"
         if code in ("ADD", "SUB") and result.kind == "qint16":
             options["potScaleInt16"] = False
         if last:
@@ -178,7 +180,7 @@ def _stored(bound: Array, x: Value) -> Array:
     return np.array(np.clip(np.rint(float(number) / x.quant.scale) + x.quant.zero, info.min, info.max), x.dtype)
 
 
-def _never(code: str, bound: Array, dtype: np.dtype[np.generic]) -> bool:
+def _never(code: str, bound: Array, dtype: np.dtype[Any]) -> bool:
     """Whether a stored bound clips no integer."""
     info = np.iinfo(dtype)
     return int(bound) == (info.min if code == "MAXIMUM" else info.max)
@@ -198,7 +200,7 @@ def _elu(e: Emitter, n: Node) -> None:
     if alpha == 1.0:
         e.emit(out, "ELU", [tensor], layout)
         return
-    same = {"shape": tensor.shape, "dynamic": tensor.dynamic}
+    same = _like(tensor)
     below = e.op("ELU", [e.op("MINIMUM", [tensor, e.constant(np.float32(0))], **same)], **same)
     scaled = e.op("MUL", [below, e.constant(np.float32(alpha))], **same, fusedActivationFunction="NONE")
     e.emit(out, "ADD", [e.op("RELU", [tensor], **same), scaled], layout, fusedActivationFunction="NONE")
@@ -212,7 +214,9 @@ def _prelu(e: Emitter, n: Node) -> None:
     if alpha.data is not None and len(alpha.shape) > 1 and alpha.shape[0] == 1:
         alpha = e.constant(alpha.data[0], alpha.name, alpha.quant)
     if len(alpha.shape) < x.rank - 1 and alpha.data is not None:  # XNNPACK and the kernel want [1, .., C]
-        alpha = e.constant(alpha.data.reshape((1,) * (x.rank - 1 - alpha.data.ndim) + alpha.data.shape), alpha.name, alpha.quant)
+        alpha = e.constant(
+            alpha.data.reshape((1,) * (x.rank - 1 - alpha.data.ndim) + alpha.data.shape), alpha.name, alpha.quant
+        )
     e.emit(out, "PRELU", [tensor, alpha], layout)
 
 

@@ -102,7 +102,7 @@ def _carried(x: Value, out: Value, groups: Sequence[_Group], layout: Layout) -> 
 
 
 def _with_ones(wanted: Sequence[int], rank: int) -> Layout:
-    """Axes of size 1 join where they do least harm: in ONNX's order, or before the channels of what is channels-last."""
+    """Axes of size 1 join where they do least harm: in ONNX's order, or before the channels of a channels-last one."""
     rest = [a for a in range(rank) if a not in wanted]
     if list(wanted) == sorted(wanted):
         return identity(rank)
@@ -118,7 +118,7 @@ def _contiguous(x: Value, groups: Sequence[_Group], layout: Layout) -> Layout:
 
 
 def _flattens(e: Emitter, x: Value, out: Value) -> bool:
-    """(batch, features) out of a channels-last tensor, read by dense layers only: they permute their weights instead."""
+    """(batch, features) of a channels-last tensor, read by dense layers only: they permute their weights instead."""
     readers = e.readers(out)
     if out.rank != 2 or x.rank < 3 or out.shape[0] != x.shape[0] or x.data is not None:
         return False
@@ -143,7 +143,11 @@ def _concat(e: Emitter, n: Node) -> None:
         raise Refused("it joins nothing")
     same_scale(out, *values)
     axis = n.int("axis", 0) % out.rank
-    if any(axis in v.dynamic for v in values) and len(values) > 1 and out.shape[axis] != sum(v.shape[axis] for v in values):
+    if (
+        any(axis in v.dynamic for v in values)
+        and len(values) > 1
+        and out.shape[axis] != sum(v.shape[axis] for v in values)
+    ):
         raise Refused("it joins along the batch", "fix the batch: --shape INPUT=1,...")
     layout, tensors = e.aligned(values, out.rank)
     if len(tensors) == 1:

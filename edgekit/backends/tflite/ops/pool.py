@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from edgekit.backends.tflite.emitter import Emitter, channels_last
-from edgekit.backends.tflite.graph import Tensor
+from edgekit.backends.tflite.graph import Array, Tensor
 from edgekit.backends.tflite.ops.windows import Window, padded, window
 from edgekit.backends.tflite.values import Node, Refused
 
@@ -60,7 +60,7 @@ def _max_pool(e: Emitter, n: Node) -> None:
 
 
 def _padded_for_max(e: Emitter, n: Node, x: Tensor, w: Window) -> Tensor:
-    """Padding that never wins: zeros where nothing is below zero (XNNPACK takes PAD, not PADV2), else the lowest value."""
+    """Padding that never wins: zeros where nothing is below (XNNPACK takes PAD, not PADV2), else the lowest value."""
     if x.quant is not None:
         lowest = int(np.iinfo(x.dtype).min)
         return padded(e, x, w, None if x.quant.zero == lowest else lowest)
@@ -95,7 +95,7 @@ def _average_pool(e: Emitter, n: Node) -> None:
     _define(e, n, e.op("MUL", [y, e.constant(factors[None, :, :, None])], y.shape, fusedActivationFunction="NONE"))
 
 
-def _correction(sizes: tuple[int, ...], w: Window, counted: bool, ends: tuple[int, ...]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+def _correction(sizes: tuple[int, ...], w: Window, counted: bool, ends: tuple[int, ...]) -> Array:
     """Window size over the number of elements that count, per output position. ends: the padding that was declared."""
     axes = []
     ends = (0,) * (len(sizes) - len(ends)) + ends
@@ -106,7 +106,8 @@ def _correction(sizes: tuple[int, ...], w: Window, counted: bool, ends: tuple[in
             line[: begin + size + own] = 1
         axes.append(np.array([line[i : i + k].sum() for i in range(0, len(line) - k + 1, s)]))
     counts = axes[0][:, None] * axes[1][None, :]
-    return (np.prod(w.kernel) / counts).astype(np.float32)
+    factors: Array = (np.prod(w.kernel) / counts).astype(np.float32)
+    return factors
 
 
 LOWERINGS = {"MaxPool": _max_pool, "AveragePool": _average_pool}

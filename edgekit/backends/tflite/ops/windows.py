@@ -47,7 +47,9 @@ def window(n: Node, kernel: Sequence[int], sizes: Sequence[int]) -> Window:
             for size, k, s, d in zip(sizes, kernel, strides, dilations, strict=True)
         ]
         low = [t // 2 if auto == "SAME_UPPER" else t - t // 2 for t in totals]
-        return Window(tuple(kernel), strides, dilations, tuple(low), tuple(t - x for t, x in zip(totals, low, strict=True)))
+        return Window(
+            tuple(kernel), strides, dilations, tuple(low), tuple(t - x for t, x in zip(totals, low, strict=True))
+        )
     pads = n.ints("pads", (0,) * 2 * rank) if auto != "VALID" else (0,) * 2 * rank
     begin, end = pads[:rank], list(pads[rank:])
     if n.int("ceil_mode", 0):
@@ -72,16 +74,22 @@ def cropped(e: Emitter, x: Tensor, w: Window) -> tuple[Tensor, Window]:
     begin = e.constant(np.array([0, *cut, 0], np.int32))
     length = e.constant(np.array([-1, *size, -1], np.int32))
     out = e.op("SLICE", [x, begin, length], shape, quant=x.quant)
-    positive = Window(w.kernel, w.strides, w.dilations, tuple(max(0, b) for b in w.begin), tuple(max(0, t) for t in w.end))
+    positive = Window(
+        w.kernel, w.strides, w.dilations, tuple(max(0, b) for b in w.begin), tuple(max(0, t) for t in w.end)
+    )
     return out, positive
 
 
 def padded(e: Emitter, x: Tensor, w: Window, value: float | None = None) -> Tensor:
-    """`x` (batch, spatial..., channels) with the window's padding written out: zeros, or `value` (stored, if integer)."""
+    """`x` (batch, spatial..., channels) with its padding written out: zeros, or `value` (as stored)."""
     pairs = [(0, 0), *zip(w.begin, w.end, strict=True), (0, 0)]
     shape = [size + a + b for size, (a, b) in zip(x.shape, pairs, strict=True)]
     amounts = e.constant(np.array(pairs, np.int32))
     if value is None:
         return e.op("PAD", [x, amounts], shape, quant=x.quant)
-    filler = e.constant(np.array(value, x.dtype), quant=x.quant) if x.quant is not None else e.constant(np.array(value, x.dtype))
+    filler = (
+        e.constant(np.array(value, x.dtype), quant=x.quant)
+        if x.quant is not None
+        else e.constant(np.array(value, x.dtype))
+    )
     return e.op("PADV2", [x, amounts, filler], shape, quant=x.quant)
