@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from edgekit import model as M
 from edgekit import parity
 from edgekit.backends.tflite import emitter
-from edgekit.backends.tflite.lower import lower
+from edgekit.backends.tflite.lowering import lower
 from edgekit.backends.tflite.ops import convolution, elementwise, moves, windows
 from edgekit.backends.tflite.writer import write
 from edgekit.dataset import random_dataset

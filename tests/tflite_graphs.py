@@ -57,7 +57,9 @@ class Builder:
         inputs = [self.value, self.normal(out, c // group, k, k)]
         if self.rng.random() < 0.7:
             inputs.append(self.const(self.data.normal(size=out).astype(np.float32)))
-        self.node("Conv", inputs, (out, *sizes), kernel_shape=[k, k], strides=[s, s], dilations=[d, d], pads=pads, group=group)
+        self.node(
+            "Conv", inputs, (out, *sizes), kernel_shape=[k, k], strides=[s, s], dilations=[d, d], pads=pads, group=group
+        )
         return True
 
     def pool(self) -> bool:
@@ -96,7 +98,11 @@ class Builder:
             shape.append(size)
             rest //= size
         shape.append(rest)
-        self.node("Reshape", [self.value, self.const(np.array([-1 if self.batch == "batch" else 2, *shape], np.int64))], tuple(shape))
+        self.node(
+            "Reshape",
+            [self.value, self.const(np.array([-1 if self.batch == "batch" else 2, *shape], np.int64))],
+            tuple(shape),
+        )
         return True
 
     def split_channels(self) -> bool:
@@ -174,7 +180,9 @@ class Builder:
         axes = sorted(self.rng.sample(range(len(self.shape)), self.rng.randrange(1, len(self.shape))))
         keep = self.rng.random() < 0.5
         shape = tuple(1 if i in axes else n for i, n in enumerate(self.shape) if keep or i not in axes)
-        self.node("ReduceMean", [self.value, self.const(np.array([a + 1 for a in axes], np.int64))], shape, keepdims=int(keep))
+        self.node(
+            "ReduceMean", [self.value, self.const(np.array([a + 1 for a in axes], np.int64))], shape, keepdims=int(keep)
+        )
         return True
 
     def softmax(self) -> bool:
@@ -188,7 +196,11 @@ class Builder:
             return False
         out = self.rng.choice((1, 3, 5))
         if len(self.shape) == 1 and self.rng.random() < 0.5:
-            inputs = [self.value, self.normal(out, self.shape[-1]), self.const(self.data.normal(size=out).astype(np.float32))]
+            inputs = [
+                self.value,
+                self.normal(out, self.shape[-1]),
+                self.const(self.data.normal(size=out).astype(np.float32)),
+            ]
             self.node("Gemm", inputs, (out,), transB=1)
         else:
             self.node("MatMul", [self.value, self.const(self.data.normal(size=(self.shape[-1], out)).astype(np.float32) / 3)],

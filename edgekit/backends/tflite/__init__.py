@@ -16,7 +16,7 @@ from edgekit.errors import DiskError, LabelError, UnsupportedOpError
 
 if TYPE_CHECKING:
     from edgekit.backends import About
-    from edgekit.backends.tflite.lower import Lowered, Refusal
+    from edgekit.backends.tflite.lowering import Lowered, Refusal
 
 NAME = "tflite"
 PRECISIONS = ("float32", "float16", "int8", "int8-dynamic", "int8-weights")
@@ -104,7 +104,7 @@ def _file(lowered: Lowered, sig: M.Signature, about: About | None) -> tuple[byte
 
 def _lowered(model: ir.Model, io: str = "float32") -> tuple[Lowered, list[str]]:
     """With an open batch if every node can have one, else for one sample."""
-    from edgekit.backends.tflite.lower import lower as lowered
+    from edgekit.backends.tflite.lowering import lower as lowered
 
     first = lowered(model, io)
     if not first.refusals or first.fixed_batch or M.batch_of(M.signature(model)) is not None:
