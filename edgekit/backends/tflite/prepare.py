@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,8 +62,9 @@ class _Reader:
             except Refused as refused:
                 self.out.refused.append((node.name or "", node.op_type, refused))
                 for output in node.outputs:
-                    if output.name:
-                        self.values.setdefault(output.name, self._new(output))
+                    if output.name and output.name not in self.values:
+                        with suppress(Refused):
+                            self._new(output)
         for value in self.graph.outputs:
             self.out.outputs.append((value.name or "", self.values[value.name or ""]))
         _attach_activations(self.out)
