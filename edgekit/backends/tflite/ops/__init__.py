@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from edgekit.backends.tflite.emitter import Emitter
-from edgekit.backends.tflite.ops import convolution, dense, elementwise, moves, pool, quantization
+from edgekit.backends.tflite.ops import compare, convolution, dense, elementwise, moves, pool, quantization, reduce
 from edgekit.backends.tflite.values import Node
 
 Lowering = Callable[[Emitter, Node], None]
 
 LOWERINGS: Mapping[str, Lowering] = {
+    **compare.LOWERINGS,
     **convolution.LOWERINGS,
     **dense.LOWERINGS,
     **elementwise.LOWERINGS,
     **moves.LOWERINGS,
     **pool.LOWERINGS,
     **quantization.LOWERINGS,
+    **reduce.LOWERINGS,
 }
