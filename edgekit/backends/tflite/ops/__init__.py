@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from edgekit.backends.tflite.emitter import Emitter
-from edgekit.backends.tflite.ops import compare, convolution, dense, elementwise, moves, pool, quantization, reduce
+from edgekit.backends.tflite.ops import (
+    compare,
+    convolution,
+    dense,
+    elementwise,
+    indices,
+    moves,
+    pool,
+    quantization,
+    reduce,
+    unary,
+)
 from edgekit.backends.tflite.values import Node
 
 Lowering = Callable[[Emitter, Node], None]
@@ -15,8 +26,10 @@ LOWERINGS: Mapping[str, Lowering] = {
     **convolution.LOWERINGS,
     **dense.LOWERINGS,
     **elementwise.LOWERINGS,
+    **indices.LOWERINGS,
     **moves.LOWERINGS,
     **pool.LOWERINGS,
     **quantization.LOWERINGS,
     **reduce.LOWERINGS,
+    **unary.LOWERINGS,
 }

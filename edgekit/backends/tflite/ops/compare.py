@@ -19,7 +19,15 @@ def _binary(code: str) -> Callable[[Emitter, Node], None]:
         layout, (a, b) = e.aligned([n.require(0), n.require(1)], out.rank)
         if a.dtype in _WIDENED:
             a, b = (
-                e.op("CAST", [t], t.shape, dtype=np.int32, dynamic=t.dynamic, inDataType=_name(t.dtype), outDataType="INT32")
+                e.op(
+                    "CAST",
+                    [t],
+                    t.shape,
+                    dtype=np.int32,
+                    dynamic=t.dynamic,
+                    inDataType=_name(t.dtype),
+                    outDataType="INT32",
+                )
                 for t in (a, b)
             )
         e.emit(out, code, [a, b], layout)
