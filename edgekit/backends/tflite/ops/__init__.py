@@ -12,9 +12,12 @@ from edgekit.backends.tflite.ops import (
     elementwise,
     indices,
     moves,
+    normalize,
     pool,
     quantization,
     reduce,
+    resize,
+    transpose_convolution,
     unary,
 )
 from edgekit.backends.tflite.values import Node
@@ -28,8 +31,11 @@ LOWERINGS: Mapping[str, Lowering] = {
     **elementwise.LOWERINGS,
     **indices.LOWERINGS,
     **moves.LOWERINGS,
+    **normalize.LOWERINGS,
     **pool.LOWERINGS,
     **quantization.LOWERINGS,
     **reduce.LOWERINGS,
+    **resize.LOWERINGS,
+    **transpose_convolution.LOWERINGS,
     **unary.LOWERINGS,
 }
