@@ -1,0 +1,236 @@
+"""LSTM, GRU and RNN, unrolled over their fixed number of steps.
+
+LiteRT's own UNIDIRECTIONAL_SEQUENCE_LSTM keeps its state from one inference to the next, where ONNX starts from zero.
+The product of all steps' inputs is one FULLY_CONNECTED; each step adds the product of the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgekit.backends.tflite.emitter import Emitter
+from edgekit.backends.tflite.graph import Array, Layout, Tensor
+from edgekit.backends.tflite.values import Node, Refused, Value
+
+_CODES = {"Sigmoid": "LOGISTIC", "Tanh": "TANH", "Relu": "RELU"}
+_DEFAULT = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"], "RNN": ["Tanh"]}
+_GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+_MOST_STEPS = 512  # about 10 operators each: a longer sequence makes a file that takes seconds to load
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One direction. w: (gates · hidden, inputs); r: (gates · hidden, hidden); biases: as long as their rows."""
+
+    e: Emitter
+    hidden: int
+    w: Array
+    r: Array
+    wb: Array
+    rb: Array
+    activations: list[str]
+    reset_after: bool
+
+    def dense(self, x: Tensor, weight: Array, bias: Array, *, wide: bool = False) -> Tensor:
+        kernel = self.e.constant(np.ascontiguousarray(weight, np.float32))
+        addend = self.e.constant(np.ascontiguousarray(bias, np.float32))
+        shape = (*x.shape[:-1], len(weight))
+        return self.e.op(
+            "FULLY_CONNECTED", [x, kernel, addend], shape, dynamic=x.dynamic, fusedActivationFunction="NONE",
+            keepNumDims=wide, weightsFormat="DEFAULT",
+        )  # fmt: skip
+
+    def two(self, code: str, a: Tensor, b: Tensor) -> Tensor:
+        return self.e.op(code, [a, b], a.shape, dynamic=a.dynamic, fusedActivationFunction="NONE")
+
+    def one(self, activation: str, x: Tensor) -> Tensor:
+        return self.e.op(activation, [x], x.shape, dynamic=x.dynamic)
+
+    def part(self, x: Tensor, first: int, count: int) -> Tensor:
+        """Gates `first` to `first + count` of (batch, gates · hidden)."""
+        begin = self.e.constant(np.array([0, first * self.hidden], np.int32))
+        size = self.e.constant(np.array([-1, count * self.hidden], np.int32))
+        return self.e.op("SLICE", [x, begin, size], (x.shape[0], count * self.hidden), dynamic=x.dynamic)
+
+
+def _lstm(c: _Cell, x: Tensor, h: Tensor | None, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """ONNX's gates come as input, output, forget, cell; x holds W·x + Wb."""
+    gates = x if h is None else c.two("ADD", x, c.dense(h, c.r, c.rb))
+    if h is None and c.rb.any():
+        gates = c.two("ADD", gates, c.e.constant(np.ascontiguousarray(c.rb, np.float32)))
+    gate, squash, out = c.activations
+    opened = c.one(gate, c.part(gates, 0, 3))
+    fresh = c.two("MUL", c.part(opened, 0, 1), c.one(squash, c.part(gates, 3, 1)))
+    kept = fresh if memory is None else c.two("ADD", c.two("MUL", c.part(opened, 2, 1), memory), fresh)
+    return c.two("MUL", c.part(opened, 1, 1), c.one(out, kept)), kept
+
+
+def _gru(c: _Cell, x: Tensor, h: Tensor | None, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """ONNX's gates come as update, reset, hidden; the state is new + update · (old − new)."""
+    gate, squash = c.activations
+    n = c.hidden
+    if h is None:
+        zeros = c.part(x, 0, 1)
+        h = c.two("SUB", zeros, zeros)
+    opened = c.one(gate, c.two("ADD", c.part(x, 0, 2), c.dense(h, c.r[: 2 * n], c.rb[: 2 * n])))
+    update, reset = c.part(opened, 0, 1), c.part(opened, 1, 1)
+    if c.reset_after:
+        inner = c.two("MUL", reset, c.dense(h, c.r[2 * n :], c.rb[2 * n :]))
+    else:
+        inner = c.dense(c.two("MUL", reset, h), c.r[2 * n :], c.rb[2 * n :])
+    fresh = c.one(squash, c.two("ADD", c.part(x, 2, 1), inner))
+    return c.two("ADD", fresh, c.two("MUL", update, c.two("SUB", h, fresh))), None
+
+
+def _rnn(c: _Cell, x: Tensor, h: Tensor | None, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if h is not None:
+        x = c.two("ADD", x, c.dense(h, c.r, c.rb))
+    elif c.rb.any():
+        x = c.two("ADD", x, c.e.constant(np.ascontiguousarray(c.rb, np.float32)))
+    return c.one(c.activations[0], x), None
+
+
+_STEPS = {"LSTM": _lstm, "GRU": _gru, "RNN": _rnn}
+
+
+def _recurrent(e: Emitter, n: Node) -> None:
+    _check(n)
+    x, batch_first = n.require(0), bool(n.int("layout", 0))
+    time = 1 if batch_first else 0
+    steps = x.shape[time]
+    if time in x.dynamic:
+        raise Refused("its number of steps is open", "fix it: --shape INPUT=...")
+    if steps > _MOST_STEPS:
+        raise Refused(f"it runs {steps} steps; up to {_MOST_STEPS} are unrolled", "shorten the sequence")
+    tensor = e.tensor(x, (0, 1, 2) if batch_first else (1, 0, 2))
+    directions = {"bidirectional": (False, True), "reverse": (True,)}.get(n.str("direction", "forward"), (False,))
+    lines, lasts, memories = [], [], []
+    for index, backwards in enumerate(directions):
+        cell = _cell(e, n, index, len(directions))
+        h, memory = (_initial(e, n, i, index, batch_first) for i in (5, 6))
+        line, memory = _run(cell, n.op, tensor, steps, backwards, h, memory)
+        lines.append(line)
+        lasts.append(line[0] if backwards else line[-1])
+        memories.append(memory)
+    _outputs(e, n, lines, lasts, memories, batch_first)
+
+
+def _check(n: Node) -> None:
+    lengths, x = n.input(4), n.require(0)
+    steps = x.shape[1 if n.int("layout", 0) else 0]
+    if lengths is not None and (lengths.data is None or (lengths.data != steps).any()):
+        raise Refused("sequences of several lengths", "leave sequence_lens out")
+    peepholes = n.input(7)
+    if peepholes is not None and (peepholes.data is None or peepholes.data.any()):
+        raise Refused("peepholes", "LiteRT has no form for them here")
+    if n.float("clip", 0.0) or n.int("input_forget", 0):
+        raise Refused("clip or input_forget", "train without them")
+
+
+def _cell(e: Emitter, n: Node, index: int, directions: int) -> _Cell:
+    w, r, b = n.const(1), n.const(2), n.const(3)
+    if w is None or r is None:
+        raise Refused("it has no weights")
+    hidden, rows = r.shape[2], w.shape[1]
+    bias = np.zeros(2 * rows, np.float32) if b is None else b[index]
+    names = _names(n, directions)[index]
+    return _Cell(e, hidden, w[index], r[index], bias[:rows], bias[rows:], names, bool(n.int("linear_before_reset", 0)))
+
+
+def _names(n: Node, directions: int) -> list[list[str]]:
+    """LiteRT's codes of the activations, per direction."""
+    default = _DEFAULT[n.op]
+    found = None if n.attributes is None else n.attributes.attributes.get_strings("activations", None)
+    names = list(found) if found else default * directions
+    if n.attributes is not None and any(a in n.attributes.attributes for a in ("activation_alpha", "activation_beta")):
+        raise Refused("activations with parameters", "use Sigmoid, Tanh or Relu")
+    unknown = [a for a in names if a not in _CODES]
+    if unknown:
+        raise Refused(f"activation {unknown[0]}", "use Sigmoid, Tanh or Relu")
+    size = len(default)
+    return [[_CODES[a] for a in names[i * size : (i + 1) * size]] for i in range(directions)]
+
+
+def _initial(e: Emitter, n: Node, index: int, direction: int, batch_first: bool) -> Tensor | None:
+    """The state to begin with, (batch, hidden); None for zeros."""
+    value = n.input(index)
+    if value is None or (value.data is not None and not value.data.any()):
+        return None
+    layout: Layout = (0, 1, 2) if batch_first else (1, 0, 2)
+    if value.data is not None:
+        rows = value.data[:, direction] if batch_first else value.data[direction]
+        if value.dynamic or n.require(0).dynamic:
+            rows = rows[:1]
+            if not np.array_equal(np.broadcast_to(rows, rows.shape), rows):
+                raise Refused("a state of its own for each sample", "fix the batch: --shape INPUT=1,...")
+        return e.constant(np.ascontiguousarray(rows, np.float32))
+    tensor = e.tensor(value, layout)
+    begin = e.constant(np.array([0, direction, 0], np.int32))
+    size = e.constant(np.array([-1, 1, -1], np.int32))
+    shape = (tensor.shape[0], 1, tensor.shape[2])
+    cut = e.op("SLICE", [tensor, begin, size], shape, dynamic=tensor.dynamic) if tensor.shape[1] > 1 else tensor
+    return e.reshape(cut, (shape[0], shape[2]), tensor.dynamic & {0})
+
+
+def _run(
+    c: _Cell, op: str, x: Tensor, steps: int, backwards: bool, h: Tensor | None, memory: Tensor | None
+) -> tuple[list[Tensor], Tensor | None]:
+    """The state after each step, by its place in time."""
+    inputs = c.dense(x, c.w, c.wb, wide=True)
+    line: list[Tensor | None] = [None] * steps
+    for t in reversed(range(steps)) if backwards else range(steps):
+        begin = c.e.constant(np.array([0, t, 0], np.int32))
+        size = c.e.constant(np.array([-1, 1, -1], np.int32))
+        width = inputs.shape[2]
+        now = c.e.op("SLICE", [inputs, begin, size], (x.shape[0], 1, width), dynamic=x.dynamic) if steps > 1 else inputs
+        h, memory = _STEPS[op](c, c.e.reshape(now, (x.shape[0], width), x.dynamic & {0}), h, memory)
+        line[t] = h
+    return [t for t in line if t is not None], memory
+
+
+def _outputs(
+    e: Emitter,
+    n: Node,
+    lines: list[list[Tensor]],
+    lasts: list[Tensor],
+    memories: list[Tensor | None],
+    batch_first: bool,
+) -> None:
+    whole = _named(n, 0)
+    if whole is not None:
+        parts = [_stacked(e, line) for line in lines]
+        joined = parts[0] if len(parts) == 1 else _joined(e, parts)
+        # (batch, steps, directions, hidden)
+        e.define(whole, joined, (0, 1, 2, 3) if batch_first else (2, 0, 1, 3))
+    for index, tensors in ((1, lasts), (2, memories)):
+        value = _named(n, index)
+        if value is not None:
+            known = [t for t in tensors if t is not None]
+            shape = (known[0].shape[0], 1, known[0].shape[1])
+            rows = [e.reshape(t, shape, t.dynamic & {0}) for t in known]
+            e.define(value, _joined(e, rows, 1) if len(rows) > 1 else rows[0], (0, 1, 2) if batch_first else (1, 0, 2))
+
+
+def _named(n: Node, index: int) -> Value | None:
+    return n.outputs[index] if len(n.outputs) > index and n.outputs[index].name else None
+
+
+def _stacked(e: Emitter, line: list[Tensor]) -> Tensor:
+    """(batch, steps, 1, hidden)"""
+    batch, hidden = line[0].shape
+    rows = [e.reshape(t, (batch, 1, 1, hidden), t.dynamic & {0}) for t in line]
+    return _joined(e, rows, 1) if len(rows) > 1 else rows[0]
+
+
+def _joined(e: Emitter, parts: list[Tensor], axis: int = 2) -> Tensor:
+    shape = list(parts[0].shape)
+    shape[axis] = sum(p.shape[axis] for p in parts)
+    return e.op(
+        "CONCATENATION", parts, shape, dynamic=parts[0].dynamic, axis=axis, fusedActivationFunction="NONE"
+    )  # fmt: skip
+
+
+LOWERINGS: dict[str, Callable[[Emitter, Node], None]] = dict.fromkeys(("LSTM", "GRU", "RNN"), _recurrent)
