@@ -241,7 +241,7 @@ def _grows(first: Array, last: Array) -> bool:
 
 
 # --- activations -----------------------------------------------------------------------------------------
-_FUSES = frozenset({"Conv", "Gemm", "MatMul", "Add", "Sub", "Mul", "Div", "MaxPool", "AveragePool"})
+_FUSES = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "Mul", "Div", "MaxPool", "AveragePool"})
 
 
 def _attach_activations(prepared: Prepared) -> None:

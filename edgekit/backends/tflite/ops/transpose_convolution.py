@@ -104,10 +104,8 @@ def _axes(n: Node, sizes: Sequence[int], kernel: Sequence[int]) -> tuple[_Axis, 
     for a, (size, k, s) in enumerate(zip(sizes, kernel, strides, strict=True)):
         full = (size - 1) * s + k + extra[a]
         if wanted:
-            total = full - wanted[a]
+            total = max(0, full - wanted[a])  # what is larger than the kernel covers is bias at the end
             begin, out = (total // 2 if auto == "SAME_UPPER" else total - total // 2), wanted[a]
-            if total < 0:
-                raise Refused("its output_shape is larger than what the kernel covers", "use output_padding")
         else:
             begin, end = (0, 0) if auto == "VALID" else (pads[a], pads[a + rank])
             out = full - begin - end
