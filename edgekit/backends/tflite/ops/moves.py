@@ -110,9 +110,12 @@ def _with_ones(wanted: Sequence[int], rank: int) -> Layout:
 
 
 def _contiguous(x: Value, groups: Sequence[_Group], layout: Layout) -> Layout:
-    """`layout` with the axes of each group brought together in order, at the place of its last one in memory."""
+    """`layout` with the axes of each group brought together in order, at the place of its last one in memory.
+
+    The group of the batch stays first: heads that become part of a batched product's batch, say.
+    """
     place = {a: k for k, a in enumerate(layout)}
-    ordered = sorted(groups, key=lambda g: max(place[a] for a in g[0]))
+    ordered = sorted(groups, key=lambda g: -1 if g[0][0] == 0 else max(place[a] for a in g[0]))
     large = [a for g in ordered for a in g[0]]
     return (*(a for a in layout if a not in large), *large)
 
