@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -250,43 +250,70 @@ _MACS: Mapping[str, Callable[[onnx.NodeProto, Mapping[str, Shape]], int]] = {
 # --- activation memory --------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Step:
+    """One operator as the memory sees it. view: its first output is its first input under another shape."""
+
+    name: str
+    reads: tuple[Hashable, ...]
+    writes: tuple[Hashable, ...]
+    view: bool = False
+
+
 def activation_peak(
     graph: onnx.GraphProto, shapes: Mapping[str, Shape], itemsizes: Mapping[str, int], constants: set[str]
 ) -> tuple[int | None, str]:
-    """(largest sum of bytes that are alive at once, the node where), nodes run in the graph's order.
+    """`peak` of a graph; (None, tensor) if that tensor's shape is unknown."""
+    steps = [
+        Step(
+            node.name or node.op_type,
+            tuple(n for n in (*node.input, *_captured(node)) if n and n not in constants),
+            tuple(n for n in node.output if n and n not in constants),
+            node.op_type in _VIEWS
+            and bool(node.output[:1])
+            and bool(node.output[0])
+            and node.input[0] not in constants,
+        )
+        for node in graph.node
+    ]
+    sizes = {name: math.prod(shape) * itemsizes.get(name, 4) for name, shape in shapes.items()}
+    found, at = peak(
+        steps, [v.name for v in graph.input if v.name not in constants], [v.name for v in graph.output], sizes
+    )
+    return found, str(at)
 
-    A tensor lives from its producer to its last reader, inputs from the start, outputs to the end; a node's inputs and
-    outputs are alive together; views share their input's bytes. (None, tensor) if that tensor's shape is unknown.
+
+def peak(
+    steps: Sequence[Step], inputs: Iterable[Hashable], outputs: Iterable[Hashable], sizes: Mapping[Any, int]
+) -> tuple[int | None, Hashable]:
+    """(largest sum of bytes that are alive at once, the step where), steps run in their order.
+
+    A tensor lives from its producer to its last reader, inputs from the start, outputs to the end; a step's reads and
+    writes are alive together; views share their input's bytes. (None, tensor) if that tensor's size is unknown.
     """
-    root: dict[str, str] = {}
-    born: dict[str, int] = {v.name: 0 for v in graph.input if v.name not in constants}
-    last: dict[str, int] = dict.fromkeys(born, 0)
-    for index, node in enumerate(graph.node):
-        for name in (*node.input, *_captured(node)):
-            if name and name not in constants:
-                last[root.get(name, name)] = index
-        for position, name in enumerate(node.output):
-            if not name or name in constants:
-                continue
-            source = node.input[0] if node.op_type in _VIEWS and position == 0 else ""
-            if source and source not in constants:
-                root[name] = root.get(source, source)
+    root: dict[Hashable, Hashable] = {}
+    born: dict[Hashable, int] = dict.fromkeys(inputs, 0)
+    last: dict[Hashable, int] = dict.fromkeys(born, 0)
+    for index, step in enumerate(steps):
+        for name in step.reads:
+            last[root.get(name, name)] = index
+        for position, name in enumerate(step.writes):
+            if step.view and position == 0:
+                root[name] = root.get(step.reads[0], step.reads[0])
             else:
                 born[name] = index
             last[root.get(name, name)] = index
-    for value in graph.output:
-        last[root.get(value.name, value.name)] = len(graph.node) - 1
-    change = [0] * (len(graph.node) + 1)
+    for name in outputs:
+        last[root.get(name, name)] = len(steps) - 1
+    change = [0] * (len(steps) + 1)
     for name, start in born.items():
-        if name not in shapes:
+        if name not in sizes:
             return None, name
-        size = math.prod(shapes[name]) * itemsizes.get(name, 4)
-        change[start] += size
-        change[last[name] + 1] -= size
+        change[start] += sizes[name]
+        change[last[name] + 1] -= sizes[name]
     alive = list(itertools.accumulate(change[:-1]))
-    peak = max(alive, default=0)
-    node = graph.node[alive.index(peak)] if alive else onnx.NodeProto()
-    return peak, node.name or node.op_type
+    most = max(alive, default=0)
+    return most, steps[alive.index(most)].name if alive else ""
 
 
 def _itemsizes(model: ir.Model) -> dict[str, int]:
