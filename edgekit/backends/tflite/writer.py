@@ -190,7 +190,10 @@ def version_of(operator: Operator) -> int:
     rule = RULES[operator.code]
     decides = operator.inputs[rule.decides]
     assert decides is not None
-    return rule.versions[decides.kind]
+    version = rule.versions[decides.kind]
+    if operator.code == "CAST":  # the only one whose result's type counts too
+        return max(version, rule.versions[operator.outputs[0].kind])
+    return version
 
 
 _TYPES = {

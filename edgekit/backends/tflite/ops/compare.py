@@ -1,4 +1,4 @@
-"""Comparisons, logic, and the choice between two tensors."""
+"""Comparisons, logic and selection."""
 
 from __future__ import annotations
 
@@ -7,42 +7,18 @@ from collections.abc import Callable
 import numpy as np
 
 from edgekit.backends.tflite.emitter import Emitter
+from edgekit.backends.tflite.ops.arithmetic import compute, finish
 from edgekit.backends.tflite.ops.elementwise import existing
 from edgekit.backends.tflite.values import Node, Refused
 
-_WIDENED = {np.dtype(np.int8), np.dtype(np.uint8), np.dtype(np.int16)}
 
-
-def _binary(code: str) -> Callable[[Emitter, Node], None]:
+def _compared(code: str) -> Callable[[Emitter, Node], None]:
     def run(e: Emitter, n: Node) -> None:
         out = n.outputs[0]
-        layout, (a, b) = e.aligned([n.require(0), n.require(1)], out.rank)
-        if a.dtype in _WIDENED:
-            a, b = (
-                e.op(
-                    "CAST",
-                    [t],
-                    t.shape,
-                    dtype=np.int32,
-                    dynamic=t.dynamic,
-                    inDataType=_name(t.dtype),
-                    outDataType="INT32",
-                )
-                for t in (a, b)
-            )
-        e.emit(out, code, [a, b], layout)
+        layout, tensors = e.aligned([n.require(0), n.require(1)], out.rank)
+        e.emit(out, code, tensors, layout)
 
     return run
-
-
-def _name(dtype: np.dtype[np.generic]) -> str:
-    return dtype.name.upper()
-
-
-def _xor(e: Emitter, n: Node) -> None:
-    out = n.outputs[0]
-    layout, (a, b) = e.aligned([n.require(0), n.require(1)], out.rank)
-    e.emit(out, "NOT_EQUAL", [a, b], layout)
 
 
 def _not(e: Emitter, n: Node) -> None:
@@ -53,10 +29,8 @@ def _not(e: Emitter, n: Node) -> None:
 
 def _where(e: Emitter, n: Node) -> None:
     out = n.outputs[0]
-    layout, (condition, a, b) = e.aligned([n.require(0), n.require(1), n.require(2)], out.rank)
-    if max(len(t.shape) for t in (condition, a, b)) > 5:
-        raise Refused("it chooses between tensors of more than 5 axes", "LiteRT chooses in up to 5")
-    e.emit(out, "SELECT_V2", [condition, a, b], layout)
+    layout, tensors = e.aligned([n.require(0), n.require(1), n.require(2)], out.rank)
+    e.emit(out, "SELECT_V2", tensors, layout)
 
 
 def _is_nan(e: Emitter, n: Node) -> None:
@@ -67,26 +41,26 @@ def _is_nan(e: Emitter, n: Node) -> None:
 
 
 def _is_inf(e: Emitter, n: Node) -> None:
-    x, up, down = n.require(0), n.int("detect_positive", 1), n.int("detect_negative", 1)
+    x, out = n.require(0), n.outputs[0]
     layout = existing(e, x)
     tensor = e.tensor(x, layout)
-    if not up and not down:
-        raise Refused("it looks for no infinity")
-    if up and down:
-        tensor = e.op("ABS", [tensor], tensor.shape, dynamic=tensor.dynamic)
-    limit = np.float32(np.inf if up else -np.inf)
-    e.emit(n.outputs[0], "EQUAL", [tensor, e.constant(limit)], layout)
+    negative, positive = n.int("detect_negative", 1), n.int("detect_positive", 1)
+    if not negative and not positive:
+        raise Refused("it looks for no infinity", "replace it by a constant")
+    if negative and positive:
+        tensor = compute(e, "ABS", tensor)
+    finish(e, out, compute(e, "EQUAL", tensor, np.inf if positive else -np.inf), layout)
 
 
 LOWERINGS: dict[str, Callable[[Emitter, Node], None]] = {
-    "Equal": _binary("EQUAL"),
-    "Less": _binary("LESS"),
-    "LessOrEqual": _binary("LESS_EQUAL"),
-    "Greater": _binary("GREATER"),
-    "GreaterOrEqual": _binary("GREATER_EQUAL"),
-    "And": _binary("LOGICAL_AND"),
-    "Or": _binary("LOGICAL_OR"),
-    "Xor": _xor,
+    "Equal": _compared("EQUAL"),
+    "Less": _compared("LESS"),
+    "LessOrEqual": _compared("LESS_EQUAL"),
+    "Greater": _compared("GREATER"),
+    "GreaterOrEqual": _compared("GREATER_EQUAL"),
+    "And": _compared("LOGICAL_AND"),
+    "Or": _compared("LOGICAL_OR"),
+    "Xor": _compared("NOT_EQUAL"),
     "Not": _not,
     "Where": _where,
     "IsNaN": _is_nan,

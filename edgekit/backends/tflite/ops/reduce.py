@@ -1,181 +1,209 @@
-"""Reductions along axes, their extremes' places, and running sums: in the layout that exists."""
+"""Reductions along axes: sums, extremes, norms, places of extremes, running sums."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
-from edgekit.backends.tflite.emitter import Emitter
+from edgekit.backends.tflite.emitter import Emitter, identity
 from edgekit.backends.tflite.graph import Layout, Tensor
+from edgekit.backends.tflite.ops.arithmetic import cast, compute, finish
 from edgekit.backends.tflite.ops.elementwise import existing
 from edgekit.backends.tflite.ops.moves import same_scale
 from edgekit.backends.tflite.values import Node, Refused, Value
 
-_FIX_BATCH = "fix the batch: --shape INPUT=1,..."
-_NONE = "NONE"
+_CODES = {"ReduceMean": "MEAN", "ReduceSum": "SUM", "ReduceProd": "REDUCE_PROD"}
+_CODES |= {"ReduceMax": "REDUCE_MAX", "ReduceMin": "REDUCE_MIN"}
+_BOOLEAN = {"ReduceMax": "REDUCE_ANY", "ReduceMin": "REDUCE_ALL"}
+_BATCH = "fix the batch: --shape INPUT=1,..."
 
 
-def _axes(n: Node, x: Value) -> list[int]:
-    if n.op.startswith("Global"):
-        return list(range(2, x.rank))
+def _axes(n: Node, x: Value) -> tuple[int, ...]:
+    """The reduced axes; () if nothing is reduced."""
     given = n.const(1)
-    axes = [int(a) % max(x.rank, 1) for a in given.reshape(-1)] if given is not None else list(n.ints("axes"))
-    axes = [a % max(x.rank, 1) for a in axes]
-    if axes or n.int("noop_with_empty_axes", 0):
-        return axes
-    return list(range(x.rank))
+    if given is None or given.size == 0:
+        return () if n.int("noop_with_empty_axes", 0) else tuple(range(x.rank))
+    return tuple(sorted({int(a) % x.rank for a in given.reshape(-1)}))
 
 
-def _without(layout: Layout, axes: Sequence[int]) -> Layout:
-    """The layout of what is left once `axes` are gone."""
+def _reduced(
+    e: Emitter, code: str, x: Tensor, layout: Layout, axes: tuple[int, ...], keep: bool, out: Value | None = None
+) -> tuple[Tensor, Layout]:
+    """x reduced along logical `axes`, and the layout of what is left. out: whose quantization the result has."""
+    where = sorted(layout.index(a) for a in axes)
     rest = [a for a in layout if a not in axes]
-    return tuple(sorted(rest).index(a) for a in rest)
+    left = layout if keep else tuple(sorted(rest).index(a) for a in rest)
+    sizes = [(1 if k in where else s, k in x.dynamic and k not in where) for k, s in enumerate(x.shape)]
+    sizes = [s for k, s in enumerate(sizes) if keep or k not in where]
+    quant = None if out is None else out.quant
+    grown = [k for k, (_, grows) in enumerate(sizes) if grows]
+    inputs = [x, e.constant(np.array(where, np.int32))]
+    made = e.op(code, inputs, [s for s, _ in sizes], quant=quant, dynamic=grown, keepDims=keep)
+    return made, left
 
 
-def _reduce(code: str) -> Callable[[Emitter, Node], None]:
-    def run(e: Emitter, n: Node) -> None:
-        x, out = n.require(0), n.outputs[0]
-        if code in ("REDUCE_MAX", "REDUCE_MIN"):
-            same_scale(x, out)
-        axes, layout = _axes(n, x), existing(e, x)
-        _write(e, n, code, e.tensor(x, layout), x, axes, layout)
-
-    return run
-
-
-def _write(e: Emitter, n: Node, code: str, tensor: Tensor, x: Value, axes: Sequence[int], layout: Layout) -> None:
-    """The reduction of `tensor`, which holds a value of x's shape in `layout`, as the node's result."""
-    out = n.outputs[0]
+def _plain(e: Emitter, n: Node) -> None:
+    x, out = n.require(0), n.outputs[0]
+    if n.op in ("ReduceMax", "ReduceMin"):
+        same_scale(x, out)
+    axes = _axes(n, x)
     if not axes:
-        return e.define(out, tensor, layout)
-    keep = n.op.startswith("Global") or bool(n.int("keepdims", 1))
-    where = e.constant(np.array(sorted(layout.index(a) for a in axes), np.int32))
-    wanted = layout if keep else _without(layout, axes)
-    e.emit(out, code, [tensor, where], wanted, keepDims=keep)
+        same_scale(x, out)
+        return e.rename(out, x, identity(x.rank))
+    layout = existing(e, x)
+    code = _BOOLEAN[n.op] if x.dtype == np.bool_ and n.op in _BOOLEAN else _CODES[n.op]
+    made, left = _reduced(e, code, e.tensor(x, layout), layout, axes, bool(n.int("keepdims", 1)), out)
+    finish(e, out, made, left)
 
 
-def _after(before: str, code: str, then: str = "") -> Callable[[Emitter, Node], None]:
-    """A reduction of `before`(x), and an operator on its result."""
+def _norm(e: Emitter, n: Node) -> None:
+    """ReduceL1, ReduceL2, ReduceSumSquare and ReduceLogSum: a function of the sum of a function."""
+    x, out = n.require(0), n.outputs[0]
+    axes = _axes(n, x)
+    if not axes and x.rank:
+        raise Refused("it reduces along no axis", "replace it by what it does to each element")
+    if n.op in ("ReduceL2", "ReduceLogSum") and x.dtype.kind != "f":
+        raise Refused(f"{n.op} of {x.dtype}", "cast it to float32 in the model")
+    layout = existing(e, x)
+    tensor = e.tensor(x, layout)
+    if n.op == "ReduceL1":
+        tensor = magnitude(e, tensor)
+    elif n.op != "ReduceLogSum":
+        tensor = compute(e, "MUL", tensor, tensor)
+    total, left = _reduced(e, "SUM", tensor, layout, axes, bool(n.int("keepdims", 1)))
+    last = {"ReduceL2": "SQRT", "ReduceLogSum": "LOG"}.get(n.op)
+    finish(e, out, total if last is None else compute(e, last, total), left)
 
-    def run(e: Emitter, n: Node) -> None:
-        x, out = n.require(0), n.outputs[0]
-        axes, layout = _axes(n, x), existing(e, x)
-        tensor = e.tensor(x, layout)
-        if before == "SQUARE" and x.dtype != np.float32:
-            tensor = e.op("MUL", [tensor, tensor], tensor.shape, dynamic=tensor.dynamic, fusedActivationFunction=_NONE)
-        elif before:
-            tensor = e.op(before, [tensor], tensor.shape, dynamic=tensor.dynamic)
-        if not then:
-            return _write(e, n, code, tensor, x, axes, layout)
-        inner = Value(f"{out.name}/reduced", out.dtype, out.shape, out.dynamic)
-        _write(e, Node(n.op, n.name, n.inputs, [inner], n.attributes), code, tensor, x, axes, layout)
-        wanted = e.layouts(inner)[0]
-        e.emit(out, then, [e.tensor(inner, wanted)], wanted)
 
-    return run
+def magnitude(e: Emitter, x: Tensor) -> Tensor:
+    """|x|; LiteRT's ABS takes no int64."""
+    if x.dtype != np.int64:
+        return compute(e, "ABS", x)
+    return compute(e, "MAXIMUM", x, compute(e, "NEG", x))
 
 
 def _log_sum_exp(e: Emitter, n: Node) -> None:
-    """log Σ exp(x − max) + max, which no large x overflows."""
+    """m + log Σ exp(x - m) with m the largest element, held finite so that infinities do not cancel."""
     x, out = n.require(0), n.outputs[0]
-    axes, layout = _axes(n, x), existing(e, x)
+    axes = _axes(n, x)
+    if not axes and x.rank:
+        raise Refused("it reduces along no axis", "replace it by what it does to each element")
+    layout = existing(e, x)
     tensor = e.tensor(x, layout)
-    if not axes:
-        return e.define(out, tensor, layout)
-    where = e.constant(np.array(sorted(layout.index(a) for a in axes), np.int32))
-    shape = tuple(1 if a in axes else x.shape[a] for a in layout)
-    dynamic = {k for k, a in enumerate(layout) if a in x.dynamic and a not in axes}
-    top = e.op("REDUCE_MAX", [tensor, where], shape, dynamic=dynamic, keepDims=True)
-    less = e.op("SUB", [tensor, top], tensor.shape, dynamic=tensor.dynamic, fusedActivationFunction=_NONE)
-    powers = e.op("EXP", [less], tensor.shape, dynamic=tensor.dynamic)
-    logs = e.op("LOG", [e.op("SUM", [powers, where], shape, dynamic=dynamic, keepDims=True)], shape, dynamic=dynamic)
-    whole = e.op("ADD", [logs, top], shape, dynamic=dynamic, fusedActivationFunction=_NONE)
-    if n.int("keepdims", 1):
-        return e.define(out, whole, layout)
-    wanted = _without(layout, axes)
-    e.define(
-        out,
-        e.reshape(whole, [out.shape[a] for a in wanted], {k for k, a in enumerate(wanted) if a in out.dynamic}),
-        wanted,
-    )
+    largest, _ = _reduced(e, "REDUCE_MAX", tensor, layout, axes, True)
+    limit = float(np.finfo(np.float32).max)
+    largest = compute(e, "MINIMUM", compute(e, "MAXIMUM", largest, -limit), limit)
+    powers = compute(e, "EXP", compute(e, "SUB", tensor, largest))
+    total, left = _reduced(e, "SUM", powers, layout, axes, True)
+    result = compute(e, "ADD", compute(e, "LOG", total), largest)
+    if not n.int("keepdims", 1):
+        rest = [a for a in layout if a not in axes]
+        left = tuple(sorted(rest).index(a) for a in rest)
+        kept = [k for k, a in enumerate(layout) if a not in axes]
+        grows = [i for i, k in enumerate(kept) if k in result.dynamic]
+        result = e.reshape(result, [result.shape[k] for k in kept], grows)
+    finish(e, out, result, left)
 
 
+def _global_pool(e: Emitter, n: Node) -> None:
+    """All axes after the channels; MEAN takes any scale in int8."""
+    x, out = n.require(0), n.outputs[0]
+    code = "MEAN" if n.op == "GlobalAveragePool" else "REDUCE_MAX"
+    if code == "REDUCE_MAX":
+        same_scale(x, out)
+    layout = existing(e, x)
+    made, left = _reduced(e, code, e.tensor(x, layout), layout, tuple(range(2, x.rank)), True, out)
+    finish(e, out, made, left)
+
+
+def _global_lp_pool(e: Emitter, n: Node) -> None:
+    x, out, p = n.require(0), n.outputs[0], n.int("p", 2)
+    layout = existing(e, x)
+    powers = compute(e, "POW", compute(e, "ABS", e.tensor(x, layout)), float(p))
+    total, left = _reduced(e, "SUM", powers, layout, tuple(range(2, x.rank)), True)
+    finish(e, out, compute(e, "POW", total, 1 / p), left)
+
+
+# --- places --------------------------------------------------------------------------------------------------
 def _arg(code: str) -> Callable[[Emitter, Node], None]:
     def run(e: Emitter, n: Node) -> None:
         x, out = n.require(0), n.outputs[0]
-        if n.int("select_last_index", 0):
-            raise Refused("it wants the last of equal places", "LiteRT gives the first")
-        axis, layout = n.int("axis", 0) % x.rank, existing(e, x)
-        if axis in x.dynamic:
-            raise Refused("it searches along the batch", _FIX_BATCH)
-        where = e.constant(np.array(layout.index(axis), np.int32))
-        rest = _without(layout, [axis])
-        shape = [x.shape[a] for a in layout if a != axis]
-        dynamic = {k for k, a in enumerate(a for a in layout if a != axis) if a in x.dynamic}
-        made = e.op(code, [e.tensor(x, layout), where], shape, dtype=np.int64, dynamic=dynamic, outputType="INT64")
-        if not n.int("keepdims", 1):
-            return e.define(out, made, rest)
-        grown = {k for k, a in enumerate(layout) if a in out.dynamic}
-        e.define(out, e.reshape(made, [out.shape[a] for a in layout], grown), layout)
+        if x.rank == 0:
+            raise Refused("its input has no axes")
+        axis = n.int("axis", 0) % x.rank
+        layout = existing(e, x)
+        where, last = layout.index(axis), bool(n.int("select_last_index", 0))
+        tensor = e.tensor(x, layout)
+        if last:
+            if axis in x.dynamic:
+                raise Refused("it picks the last of equals along the batch", _BATCH)
+            tensor = e.op("REVERSE_V2", [tensor, e.constant([where])], tensor.shape, dynamic=tensor.dynamic)
+        rest = [a for a in layout if a != axis]
+        shape = [x.shape[a] for a in rest]
+        grows = [k for k, a in enumerate(rest) if a in x.dynamic]
+        inputs = [tensor, e.constant(np.array(where, np.int32))]
+        place = e.op(code, inputs, shape, dtype=np.int64, dynamic=grows, outputType="INT64")
+        if last:
+            place = compute(e, "SUB", e.constant(np.array(x.shape[axis] - 1, np.int64)), place)
+        if n.int("keepdims", 1):
+            shape.insert(where, 1)
+            grows = [k for k, a in enumerate(layout) if a in x.dynamic and a != axis]
+            finish(e, out, e.reshape(place, shape, grows), layout)
+        else:
+            finish(e, out, place, tuple(sorted(rest).index(a) for a in rest))
 
     return run
 
 
 def _top_k(e: Emitter, n: Node) -> None:
-    """LiteRT's finds the largest along the last axis, sorted, earlier places first; a negation finds the smallest."""
-    x, k = n.require(0), n.const(1)
-    assert k is not None
-    axis = n.int("axis", -1) % x.rank
+    """TOPK_V2 works on the last axis, finds the largest, and puts the first of equals first, as ONNX does."""
+    x = n.require(0)
+    count = n.const(1)
+    assert count is not None
+    axis, k = n.int("axis", -1) % max(x.rank, 1), int(count.reshape(-1)[0])
     if axis in x.dynamic:
-        raise Refused("it searches along the batch", _FIX_BATCH)
-    if not n.int("largest", 1) and x.dtype != np.float32:
-        raise Refused("the smallest of integers", "negate the input and take the largest")
-    values, places = n.outputs[0], n.outputs[1] if len(n.outputs) > 1 else None
-    if values.quant is not None:
-        same_scale(x, values)
+        raise Refused("it sorts along the batch", _BATCH)
     layout = (*(a for a in existing(e, x) if a != axis), axis)
     tensor = e.tensor(x, layout)
-    negated = not n.int("largest", 1)
-    if negated:
-        tensor = e.op("NEG", [tensor], tensor.shape, dynamic=tensor.dynamic)
-    count = e.constant(np.array(int(k.reshape(-1)[0]), np.int32))
-    best = e.blank(values, layout) if values.name else None
-    if best is None:
-        raise Refused("its values have no name", "name both outputs")
-    index = Tensor(f"{n.name}/places", np.dtype(np.int32), best.shape, best.dynamic)
-    e.write("TOPK_V2", [tensor, count], [best, index])
-    if negated:
-        best = e.op("NEG", [best], best.shape, dynamic=best.dynamic, name=values.name)
-    e.define(values, best, layout)
-    if places is not None and places.name:
-        e.emit(places, "CAST", [index], layout, inDataType="INT32", outDataType="INT64")
+    largest = bool(n.int("largest", 1))
+    if not largest:
+        tensor = _descending(e, tensor)
+    shape = (*tensor.shape[:-1], k)
+    values = Tensor(f"{n.name}/values", tensor.dtype, shape, tensor.dynamic)
+    places = Tensor(f"{n.name}/places", np.dtype(np.int32), shape, tensor.dynamic)
+    e.write("TOPK_V2", [tensor, e.constant(np.array(k, np.int32))], [values, places])
+    finish(e, n.outputs[0], values if largest else _descending(e, values), layout)
+    if len(n.outputs) > 1 and n.outputs[1].name:
+        finish(e, n.outputs[1], cast(e, places, np.int64), layout)
 
 
-def _cumulative(e: Emitter, n: Node) -> None:
+def _descending(e: Emitter, x: Tensor) -> Tensor:
+    """The same numbers in the opposite order, without overflow; its own inverse."""
+    if x.dtype.kind == "f":
+        return compute(e, "NEG", x)
+    return compute(e, "SUB", e.constant(np.array(-1, x.dtype)), x)
+
+
+def _cum_sum(e: Emitter, n: Node) -> None:
     x, axis = n.require(0), n.const(1)
     assert axis is not None
     layout = existing(e, x)
-    where = e.constant(np.array(layout.index(int(axis.reshape(-1)[0]) % x.rank), np.int32))
+    where = layout.index(int(axis.reshape(-1)[0]) % x.rank)
+    inputs = [e.tensor(x, layout), e.constant(np.array(where, np.int32))]
     flags = {"exclusive": bool(n.int("exclusive", 0)), "reverse": bool(n.int("reverse", 0))}
-    e.emit(n.outputs[0], "CUMSUM", [e.tensor(x, layout), where], layout, **flags)
+    e.emit(n.outputs[0], "CUMSUM", inputs, layout, **flags)
 
 
 LOWERINGS: dict[str, Callable[[Emitter, Node], None]] = {
-    "ReduceMean": _reduce("MEAN"),
-    "GlobalAveragePool": _reduce("MEAN"),
-    "ReduceSum": _reduce("SUM"),
-    "ReduceMax": _reduce("REDUCE_MAX"),
-    "GlobalMaxPool": _reduce("REDUCE_MAX"),
-    "ReduceMin": _reduce("REDUCE_MIN"),
-    "ReduceProd": _reduce("REDUCE_PROD"),
-    "ReduceL1": _after("ABS", "SUM"),
-    "ReduceL2": _after("SQUARE", "SUM", "SQRT"),
-    "ReduceSumSquare": _after("SQUARE", "SUM"),
-    "ReduceLogSum": _after("", "SUM", "LOG"),
+    **dict.fromkeys(_CODES, _plain),
+    **dict.fromkeys(("ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSum"), _norm),
     "ReduceLogSumExp": _log_sum_exp,
+    "GlobalAveragePool": _global_pool,
+    "GlobalMaxPool": _global_pool,
+    "GlobalLpPool": _global_lp_pool,
     "ArgMax": _arg("ARG_MAX"),
     "ArgMin": _arg("ARG_MIN"),
     "TopK": _top_k,
-    "CumSum": _cumulative,
+    "CumSum": _cum_sum,
 }
