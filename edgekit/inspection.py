@@ -269,10 +269,7 @@ def activation_peak(
             node.name or node.op_type,
             tuple(n for n in (*node.input, *_captured(node)) if n and n not in constants),
             tuple(n for n in node.output if n and n not in constants),
-            node.op_type in _VIEWS
-            and bool(node.output[:1])
-            and bool(node.output[0])
-            and node.input[0] not in constants,
+            node.op_type in _VIEWS and node.output[0] != "" and node.input[0] not in constants,
         )
         for node in graph.node
     ]
@@ -291,6 +288,8 @@ def peak(
     A tensor lives from its producer to its last reader, inputs from the start, outputs to the end; a step's reads and
     writes are alive together; views share their input's bytes. (None, tensor) if that tensor's size is unknown.
     """
+    if not steps:
+        return 0, ""
     root: dict[Hashable, Hashable] = {}
     born: dict[Hashable, int] = dict.fromkeys(inputs, 0)
     last: dict[Hashable, int] = dict.fromkeys(born, 0)
@@ -312,8 +311,8 @@ def peak(
         change[start] += sizes[name]
         change[last[name] + 1] -= sizes[name]
     alive = list(itertools.accumulate(change[:-1]))
-    most = max(alive, default=0)
-    return most, steps[alive.index(most)].name if alive else ""
+    most = max(alive)
+    return most, steps[alive.index(most)].name
 
 
 def _itemsizes(model: ir.Model) -> dict[str, int]:
