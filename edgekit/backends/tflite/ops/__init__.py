@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from edgekit.backends.tflite.emitter import Emitter
 from edgekit.backends.tflite.ops import (
+    attention,
     compare,
     convolution,
     dense,
@@ -27,6 +28,7 @@ from edgekit.backends.tflite.values import Node
 Lowering = Callable[[Emitter, Node], None]
 
 LOWERINGS: Mapping[str, Lowering] = {
+    **attention.LOWERINGS,
     **compare.LOWERINGS,
     **convolution.LOWERINGS,
     **dense.LOWERINGS,
