@@ -36,7 +36,7 @@ QUIET = settings(deadline=None, suppress_health_check=list(HealthCheck), derando
 def lowered(model: ir.Model) -> bytes:
     result = lower(model)
     assert not result.refusals, [str(r) for r in result.refusals]
-    return write([result.graph], "test")
+    return bytes(write([result.graph], "test"))
 
 
 def float_error(rng: random.Random) -> float:
@@ -72,7 +72,7 @@ def test_int8_graphs_are_within_one_step_of_the_reference(kernels: str, rng: ran
     result = lower(quantized)
     assert not result.refusals, [str(r) for r in result.refusals]
     assert not result.requantized
-    whole = write([result.graph], "test")
+    whole = bytes(write([result.graph], "test"))
     loose: dict[int, bytes] = {}
 
     def cut(model: ir.Model, feeds: Tensors) -> Tensors:

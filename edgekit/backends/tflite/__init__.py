@@ -81,7 +81,7 @@ def lower(model: ir.Model, precision: str, folder: Path, about: About | None = N
     return notes
 
 
-def _file(lowered: Lowered, sig: M.Signature, about: About | None) -> tuple[bytes, list[str]]:
+def _file(lowered: Lowered, sig: M.Signature, about: About | None) -> tuple[bytes | bytearray, list[str]]:
     """The file's bytes, with the metadata that apps read where there is something to say, and notes."""
     from edgekit.backends.tflite.describe import describe, label_files
     from edgekit.backends.tflite.metadata import ENTRY, append_files, model_metadata

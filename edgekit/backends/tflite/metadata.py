@@ -170,7 +170,7 @@ def _vector(b: Any, offsets: Sequence[int]) -> int:
     return int(b.EndVector())
 
 
-def append_files(tflite: bytes, files: Mapping[str, bytes]) -> bytes:
+def append_files(tflite: bytes | bytearray, files: Mapping[str, bytes]) -> bytes | bytearray:
     """The model followed by an uncompressed ZIP of `files`: one file that both runtimes and ZIP readers open.
 
     Places in the ZIP count from the start of the whole file, as tflite-support's MetadataPopulator writes them.

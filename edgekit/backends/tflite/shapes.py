@@ -13,6 +13,7 @@ from edgekit import model as M
 from edgekit.errors import ShapeError
 
 Shape = tuple[int, ...]
+_LARGE = 4096  # elements; shapes and axes that inference reads the values of are far smaller
 _BATCHES = (1, 2)  # what differs between these two grows with the batch
 
 
@@ -34,14 +35,26 @@ class Shapes:
 
 def shapes(model: ir.Model) -> Shapes:
     """Raises ShapeError if a size of an input other than the batch is open."""
-    proto = M.to_proto(model)
+    proto = _light(model)
     open_axes = _open_axes(proto)
     if not open_axes:
-        return Shapes((0,), (_at(proto, open_axes, 1),))
-    first, second = (_at(proto, open_axes, batch) for batch in _BATCHES)
+        return Shapes((0,), (_at(model, proto, open_axes, 1),))
+    first, second = (_at(model, proto, open_axes, batch) for batch in _BATCHES)
     if not second:  # the graph only works for one sample, whatever its input says
         return Shapes((1,), (first,))
     return Shapes(_BATCHES, (first, second))
+
+
+def _light(model: ir.Model) -> onnx.ModelProto:
+    """The model with its large weights as mere inputs: inference wants their shapes only, and copies all it is given."""
+    proto = M.to_proto(model)
+    large = [t for t in proto.graph.initializer if np.prod(t.dims, dtype=np.int64) > _LARGE]
+    for tensor in large:
+        proto.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    kept = [t for t in proto.graph.initializer if np.prod(t.dims, dtype=np.int64) <= _LARGE]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)
+    return proto
 
 
 def _open_axes(proto: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
@@ -65,7 +78,9 @@ def _open_axes(proto: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     return out
 
 
-def _at(proto: onnx.ModelProto, open_axes: Mapping[str, tuple[int, ...]], batch: int) -> dict[str, Shape]:
+def _at(
+    model: ir.Model, proto: onnx.ModelProto, open_axes: Mapping[str, tuple[int, ...]], batch: int
+) -> dict[str, Shape]:
     """Inferred shapes, and observed ones where inference gives up; empty if the model does not run at this batch."""
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
@@ -89,8 +104,20 @@ def _at(proto: onnx.ModelProto, open_axes: Mapping[str, tuple[int, ...]], batch:
     missing = [name for node in copy.graph.node for name in node.output if name and name not in known]
     if not missing:
         return known
-    seen = _observed(M.from_proto(copy), missing, batch)
+    seen = _observed(_whole(model, open_axes, batch), missing, batch)
     return {} if seen is None and batch != 1 else known | (seen or {})
+
+
+def _whole(model: ir.Model, open_axes: Mapping[str, tuple[int, ...]], batch: int) -> ir.Model:
+    """The model, weights and all, at a fixed batch."""
+    proto = M.to_proto(model)
+    for value in proto.graph.input:
+        for axis in open_axes.get(value.name, ()):
+            value.type.tensor_type.shape.dim[axis].dim_value = batch
+    proto.graph.ClearField("value_info")
+    for value in proto.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    return M.from_proto(proto)
 
 
 def _observed(model: ir.Model, names: list[str], batch: int) -> dict[str, Shape] | None:

@@ -18,8 +18,8 @@ _SCHEMA_VERSION = 3
 _LAST_OLD_CODE = 127  # operator codes above this do not fit the field that old runtimes read
 
 
-def write(graphs: Sequence[Graph], description: str, metadata: Mapping[str, bytes] = {}) -> bytes:
-    """A .tflite file. Raises UnsupportedOpError if it would exceed 2 GB."""
+def write(graphs: Sequence[Graph], description: str, metadata: Mapping[str, bytes] = {}) -> bytearray:
+    """The bytes of a .tflite file. Raises UnsupportedOpError if it would exceed 2 GB."""
     total = sum(t.data.nbytes for g in graphs for t in _tensors(g) if t.data is not None)
     if total >= _LIMIT:
         raise UnsupportedOpError(
@@ -59,12 +59,14 @@ class _Writer:
             self._subgraph(graph, index)
         self.model.metadata = [self._metadata(name, data) for name, data in metadata.items()]
 
-    def pack(self, size: int) -> bytes:
+    def pack(self, size: int) -> bytearray:
         import flatbuffers
 
         builder = flatbuffers.Builder(size + size // 64 + 65536)
         builder.Finish(self.model.Pack(builder), file_identifier=b"TFL3")
-        return bytes(builder.Output())
+        out: bytearray = builder.Bytes
+        del out[: builder.head]  # in place: Output() would copy all weights
+        return out
 
     def _buffer(self, data: Array | None) -> Any:
         """A buffer whose bytes start at a multiple of 16; the generated Pack gives 4."""
