@@ -465,6 +465,12 @@ def inspect(
     model: Path | str, *, shapes: Mapping[str, tuple[int, ...]] | None = None, trust: bool = False
 ) -> dict[str, Any]:
     """Signature, operators, parameters, MACs, activation memory, and which backends can take the model."""
+    from edgekit.sources import tflite
+
+    if tflite.is_tflite(Path(model)):
+        from edgekit.inspection_tflite import inspect as examine_file
+
+        return examine_file(tflite.read(Path(model)))
     from edgekit.inspection import inspect as examine
     from edgekit.passes.fold import Fold
 

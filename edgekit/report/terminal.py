@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgekit.report import summary
@@ -111,27 +111,61 @@ def print_inspection(document: Mapping[str, Any], *, layers: bool = False, out: 
     for kind in ("inputs", "outputs"):
         for spec in document["signature"][kind]:
             sizes = ", ".join(str(s) for s in spec["shape"])
-            table.add_row(kind[:-1], f"{spec['name']}: {spec['dtype']} ({sizes})")
-    table.add_row("opset", str(document["opset"]))
-    ops = ", ".join(f"{op} ×{count}" if count > 1 else op for op, count in document["ops"].items())
+            table.add_row(kind[:-1], f"{spec['name']}: {spec['dtype']} ({sizes}){_scale(spec.get('quantization'))}")
+    if document["opset"] is not None:
+        table.add_row("opset", str(document["opset"]))
+    versions = document.get("versions") or {}
+    ops = ", ".join(_operator(op, count, versions.get(op)) for op, count in document["ops"].items())
     table.add_row("operators", f"{document['nodes']} nodes: {ops}")
+    for title, text in _file_facts(document):
+        table.add_row(title, text)
     table.add_row("parameters", f"{document['parameters']:,} ({summary.size(document['weight_bytes'])} with constants)")
     table.add_row("MACs", _count(document["macs"]) + " per sample")
     peak = summary.size(document["activation_peak_bytes"])
-    where = f" at {document['activation_peak_at']}" if document["activation_peak_at"] else ""
+    where = f" at {_short(document['activation_peak_at'])}" if document["activation_peak_at"] else ""
     table.add_row("activations", f"{peak} at once for one sample{where}")
     for name, found in document["backends"].items():
         table.add_row(name, _takes(found))
     out.print(table)
-    _list(out, document["reasons"], "yellow")
+    _list(out, (*document.get("notes", ()), *document["reasons"]), "yellow")
     if layers:
         out.print(_layer_table(document["layers"]))
+
+
+def _scale(quantization: Mapping[str, Any] | None) -> str:
+    if quantization is None:
+        return ""
+    return f", scale {quantization['scale']:.6g}, zero point {quantization['zero_point']}"
+
+
+def _operator(name: str, count: int, versions: Sequence[int] | None) -> str:
+    """'ADD v2 ×3'; version 1 goes without saying."""
+    told = "/".join(map(str, versions or [1]))
+    return name + (f" v{told}" if told != "1" else "") + (f" ×{count}" if count > 1 else "")
+
+
+def _file_facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What only a runtime's own file has."""
+    if "precision" not in document:
+        return []
+    precision, kernels = document["precision"], document["kernels"]
+    rows = [("precision", precision["words"] + (f"; {precision['layout']}" if precision["layout"] else ""))]
+    own = ", ".join(_operator(name, count, None) for name, count in kernels.items())
+    rows.append(("XNNPACK", f"leaves to slower kernels: {own}" if own else "takes every operator"))
+    needs = f", for runtimes from {document['min_runtime']} by its own account" if document["min_runtime"] else ""
+    told = f', "{document["description"]}"' if document["description"] else ""
+    return [*rows, ("file", f"{summary.size(document['size_bytes'])}{told}{needs}")]
 
 
 def _takes(found: Mapping[str, Any]) -> str:
     if found["missing"]:
         return f"not installed: {found['missing']}"
     return "takes it" if found["takes"] else "refuses it: " + "; ".join(found["refuses"])
+
+
+def _short(name: str) -> str:
+    """The first of the names that TFLite's converter joins for a fused layer."""
+    return name.partition(";")[0]
 
 
 def _layer_table(layers: Iterable[Mapping[str, Any]]) -> Table:
@@ -142,7 +176,9 @@ def _layer_table(layers: Iterable[Mapping[str, Any]]) -> Table:
     for row in layers:
         shape = summary.NONE if row["shape"] is None else "×".join(map(str, row["shape"])) or "scalar"
         macs = _count(row["macs"]) if row["macs"] != 0 else ""
-        table.add_row(row["name"], row["op"], shape, f"{row['parameters']:,}" if row["parameters"] else "", macs)
+        table.add_row(
+            _short(row["name"]), row["op"], shape, f"{row['parameters']:,}" if row["parameters"] else "", macs
+        )
     return table
 
 

@@ -142,7 +142,7 @@ class Model:
         bits = _BITS.get(tensor.dtype, 0)
         if tensor.start is None or tensor.sparse or (bits < 8 and tensor.dtype != "int4"):
             raise ModelFileError(f"tensor '{tensor.name}' ({tensor.dtype}) holds no plain array", "choose another")
-        stored = np.dtype(np.uint8) if bits < 8 else _numpy_dtype(tensor.dtype)
+        stored = np.dtype(np.uint8) if bits < 8 else numpy_dtype(tensor.dtype)
         flat = np.frombuffer(self.content, stored, tensor.size_bytes // stored.itemsize, tensor.start)
         if bits < 8:
             pairs = np.stack([flat << 4, flat], 1).reshape(-1)[: tensor.elements]  # the low half comes first
@@ -177,25 +177,36 @@ def read(path: Path) -> Model:
         raise ModelFileError(f"'{path}' is damaged or truncated", _REMEDY) from error
 
 
-def signature(model: Model, *, stored: bool = False) -> Signature:
-    """Inputs and outputs by the names that edgekit's worker uses: of the only signature, else of the tensors.
+def main(model: Model) -> Subgraph:
+    """The graph of the only signature, else the first."""
+    return model.subgraphs[model.signatures[0].subgraph if len(model.signatures) == 1 else 0]
 
-    stored: False tells the types that the worker takes and gives: float32 for integers with a scale.
+
+def ends(model: Model) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
+    """Inputs and outputs of the main graph, in its order, by the names that edgekit's worker uses.
+
+    Those are the names in the only signature, else the tensors' own.
     """
+    graph = main(model)
     only = model.signatures[0] if len(model.signatures) == 1 else None
-    graph = model.subgraphs[only.subgraph if only else 0]
-    names = [_called(graph, own, table) for own, table in (
-        (graph.inputs, only.inputs if only else None), (graph.outputs, only.outputs if only else None),
-    )]  # fmt: skip
-    return Signature(*(tuple(_spec(name, graph.tensors[i], stored) for name, i in part) for part in names))
+    return (
+        _called(graph, graph.inputs, None if only is None else only.inputs),
+        _called(graph, graph.outputs, None if only is None else only.outputs),
+    )
 
 
-def _called(graph: Subgraph, indices: tuple[int, ...], table: Mapping[str, int] | None) -> list[tuple[str, int]]:
-    """(name, tensor) in the graph's order."""
+def signature(model: Model, *, stored: bool = False) -> Signature:
+    """stored: False tells the types that the worker takes and gives: float32 for integers with a scale."""
+    inputs, outputs = ends(model)
+    return Signature(tuple(_spec(n, t, stored) for n, t in inputs), tuple(_spec(n, t, stored) for n, t in outputs))
+
+
+def _called(graph: Subgraph, indices: tuple[int, ...], table: Mapping[str, int] | None) -> list[tuple[str, Tensor]]:
     if table is None:
-        return [(graph.tensors[i].name, i) for i in indices]
+        return [(graph.tensors[i].name, graph.tensors[i]) for i in indices]
     place = {index: at for at, index in reversed(list(enumerate(indices)))}
-    return sorted(table.items(), key=lambda item: place.get(item[1], len(indices)))
+    ordered = sorted(table.items(), key=lambda item: place.get(item[1], len(indices)))
+    return [(name, graph.tensors[i]) for name, i in ordered]
 
 
 def _spec(name: str, tensor: Tensor, stored: bool) -> TensorSpec:
@@ -222,7 +233,7 @@ def _map(path: Path) -> mmap.mmap:
         raise ModelFileError(f"cannot read '{path}': {what}", "check the path and its permissions") from error
 
 
-def _numpy_dtype(name: str) -> np.dtype[Any]:
+def numpy_dtype(name: str) -> np.dtype[Any]:
     if name.startswith(("bfloat16", "float8")):
         import ml_dtypes
 

@@ -13,12 +13,12 @@ _SUMS = {"CONV_2D": 0, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 0, "TRANSPOSE_
 _INPUT = {"TRANSPOSE_CONV": 2}
 _MOST = 2**31
 # of no cost, whoever runs them
-_FREE = frozenset({"RESHAPE", "QUANTIZE", "DEQUANTIZE", "SHAPE", "EXPAND_DIMS", "SQUEEZE"})
+FREE = frozenset({"RESHAPE", "QUANTIZE", "DEQUANTIZE", "SHAPE", "EXPAND_DIMS", "SQUEEZE"})
 
 
 def remarks(graph: Graph) -> list[str]:
     """One line each; empty for a graph that runs whole in XNNPACK's kernels."""
-    slow = Counter(o.code for o in graph.operators if o.code not in _FREE and not delegated(o))
+    slow = Counter(o.code for o in graph.operators if o.code not in FREE and not delegated(o))
     out = []
     if slow and any(o.outputs[0].kind == "qint8" for o in graph.operators):
         told = ", ".join(f"{count} {code}" for code, count in slow.most_common())
@@ -34,7 +34,7 @@ def delegated(operator: Operator) -> bool:
     """Whether the XNNPACK delegate takes the operator, by type and by the ratio of its scales."""
     rule = RULES[operator.code]
     decides = operator.inputs[rule.decides]
-    if decides is None or decides.kind not in rule.xnnpack:
+    if decides is None or decides.kind not in rule.xnnpack or _left_over(operator):
         return False
     out = operator.outputs[0]
     if decides.quant is None or out.quant is None or operator.code not in ("ADD", "SUB", "MUL"):
@@ -43,6 +43,15 @@ def delegated(operator: Operator) -> bool:
     scales = [t.quant.scale for t in operator.inputs if t is not None and t.quant is not None]
     ratios = [np.prod(scales) / out.quant.scale] if operator.code == "MUL" else [s / out.quant.scale for s in scales]
     return all(low <= r < high for r in ratios)
+
+
+def _left_over(operator: Operator) -> bool:
+    """Forms that XNNPACK leaves, as seen in ai-edge-litert 2.3: slices "to the end", int8 weights of float depthwise."""
+    if operator.code == "SLICE":
+        sizes = operator.inputs[2]
+        return sizes is None or sizes.data is None or bool((sizes.data < 0).any())
+    weight = operator.inputs[1] if operator.code == "DEPTHWISE_CONV_2D" else None
+    return weight is not None and weight.kind == "qint8" and operator.outputs[0].kind == "float32"
 
 
 def overflows(operator: Operator) -> bool:
