@@ -46,7 +46,7 @@ def delegated(operator: Operator) -> bool:
 
 
 def _left_over(operator: Operator) -> bool:
-    """Forms that XNNPACK leaves, as seen in ai-edge-litert 2.3: slices "to the end", int8 weights of float depthwise."""
+    """Forms that XNNPACK leaves, seen in ai-edge-litert 2.3: slices "to the end", int8 weights of float depthwise."""
     if operator.code == "SLICE":
         sizes = operator.inputs[2]
         return sizes is None or sizes.data is None or bool((sizes.data < 0).any())
