@@ -41,7 +41,8 @@ class Session:
     """
 
     def __init__(self, folder: str, threads: int, kernels: str) -> None:
-        with open(os.path.join(folder, MODEL_FILE), "rb") as file:
+        path = os.path.join(folder, MODEL_FILE) if os.path.isdir(folder) else folder  # a published file stands alone
+        with open(path, "rb") as file:
             content = file.read()
         resolver = getattr(litert.OpResolverType, KERNELS[kernels])
         self._interpreter = litert.Interpreter(
