@@ -14,7 +14,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove $(VENV), build/, edgekit-demo/ and caches"
 
-demo: $(VENV)/.has-openvino
+demo: $(VENV)/.has-openvino $(VENV)/.has-tflite
 	@$(BIN)/edgekit demo
 
 test: $(VENV)/.has-dev

@@ -26,6 +26,7 @@ DOCTOR_SCHEMA = 1  # 1: first
 _EXTRAS = {
     "keras": "read .keras, .h5 and SavedModel",
     "openvino": "OpenVINO candidates",
+    "tflite": ".tflite candidates, LiteRT",
     "images": "image folders, --resize",
     "tables": ".parquet",
 }
