@@ -320,7 +320,7 @@ def _manifests(root: Path, targets: Sequence[str]) -> dict[Path, artifact.Manife
 
 
 def _entry(path: Path, manifest: artifact.Manifest) -> Any:
-    from edgekit.bench.run import Entry
+    from edgekit.bench.entry import Entry
     from edgekit.model import Signature
 
     backend = backends.get(manifest.backend)

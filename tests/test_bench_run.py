@@ -15,7 +15,8 @@ from onnx import helper, numpy_helper
 from edgekit.bench import machine, results
 from edgekit.bench import run as bench
 from edgekit.bench.document import document
-from edgekit.bench.run import Entry, run_bench
+from edgekit.bench.entry import Entry
+from edgekit.bench.run import run_bench
 from edgekit.bench.schedule import QUICK
 from edgekit.dataset import Dataset, open_dataset
 from edgekit.errors import ArtifactError, LabelError, WorkerError

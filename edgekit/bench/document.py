@@ -33,6 +33,8 @@ def document(measurements: Sequence[Measurement], max_accuracy_drop: float | Non
     """The bench document, schema 1; DESIGN "Measuring". Absent figures are None and their row's `reasons` say why.
 
     max_accuracy_drop: judge by this budget instead of the one that was measured with.
+    With a reference in the settings, both are to it.
+    label: what a file is called that was measured for comparison and is no part of the build, else None.
     ratio_to_float: p50 over that of the fastest float32 row with the same number of threads.
     ratio_to_best_float: over that of the fastest float32 row of the target at any number of threads.
     """
@@ -79,8 +81,8 @@ def _target_rows(target: str, measurements: Sequence[Measurement]) -> list[Row]:
     return rows
 
 
-def _candidate(measured: Measurement) -> tuple[str, str]:
-    return measured.backend, measured.precision
+def _candidate(measured: Measurement) -> str:
+    return measured.label or f"{measured.backend}-{measured.precision}"
 
 
 def _row(measured: Measurement, quality: Measurement | None, layers: Measurement | None) -> Row:
@@ -92,12 +94,13 @@ def _row(measured: Measurement, quality: Measurement | None, layers: Measurement
     reasons += layers.reasons if layers is not None else ()
     figures = measured.figures
     parity = measured.parity
-    if parity is None:
+    if parity is None and not measured.label:
         reasons.append("parity: not recorded in the manifest")
     return {
         "target": measured.target,
         "backend": measured.backend,
         "precision": measured.precision,
+        "label": measured.label or None,
         "path": measured.path,
         "sha256": measured.sha256,
         "size_bytes": measured.size_bytes,
@@ -137,7 +140,7 @@ def _latency(
         return {**empty, "samples": 0, "throughput_per_s": None}
     row["reasons"] += [r for r in own.reasons if r not in row["reasons"]]
     row["notes"] += [n for n in own.notes if n not in row["notes"]]
-    floats = [i for i, m in enumerate(timed) if m.precision == "float32" and m.valid and summaries[i] is not None]
+    floats = [i for i in _comparable(timed) if timed[i].valid and summaries[i] is not None]
     same = [i for i in floats if timed[i].threads == timed[index].threads]
     found = {**empty, "p50": own.p50, "p90": own.p90, "p99": own.p99, "mean": own.mean, "samples": own.samples}
     found["throughput_per_s"] = (timed[index].batch or 1) / own.mean
@@ -156,6 +159,15 @@ def _latency(
         ratio = ratio_of_medians(rounds[index], rounds[fastest], seed)
         found[key], found[interval] = ratio.value, [ratio.low, ratio.high]
     return found
+
+
+def _comparable(timed: Sequence[Measurement]) -> list[int]:
+    """What ratios are to: the reference of the run, or the build's float32 candidates, or, of files alone, theirs."""
+    reference = timed[0].settings.get("reference") if timed else None
+    if reference is not None:
+        return [i for i, m in enumerate(timed) if _candidate(m) == reference]
+    alone = all(m.label for m in timed)
+    return [i for i, m in enumerate(timed) if m.precision == "float32" and (alone or not m.label)]
 
 
 def _p50(summary: Summary | None) -> float:

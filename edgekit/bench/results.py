@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from edgekit.errors import ArtifactError, DiskError
 
-RESULTS_SCHEMA = 1  # 1: first
+RESULTS_SCHEMA = 2  # 1: first; 2: label
+_READABLE = (1, 2)
 RESULTS_FILE = "results.jsonl"
 
 
@@ -30,6 +31,7 @@ class Measurement:
         bench.metrics; layers: layers [{name, op, seconds, calls}] or None.
     machine: {"facts", "before", "after", "warnings"} (bench.machine). settings: the pace, the seed,
         max_accuracy_drop, and warnings: what limits the trust in the data.
+    label: of a file that is measured for comparison and is no part of the build, else "".
     """
 
     run: str
@@ -53,6 +55,7 @@ class Measurement:
     machine: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     parity: dict[str, Any] | None = None
+    label: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": RESULTS_SCHEMA, **asdict(self)}
@@ -111,7 +114,7 @@ def read(path: Path, warn: Callable[[str], None] = lambda text: None) -> list[Me
 
 def _parse(path: Path, number: int, data: Any) -> Measurement:
     schema = data.get("schema") if isinstance(data, dict) else None
-    if schema != RESULTS_SCHEMA:
+    if schema not in _READABLE:
         raise ArtifactError(
             f"line {number} of '{path}' has schema {schema!r}, this edgekit reads {RESULTS_SCHEMA}",
             "measure again, or use the edgekit that wrote it",

@@ -15,6 +15,7 @@ import numpy as np
 from edgekit.bench import machine, results
 from edgekit.bench.client import Loaded, Worker, local_command, thread_environment
 from edgekit.bench.document import document
+from edgekit.bench.entry import Entry
 from edgekit.bench.quality import Meter
 from edgekit.bench.results import Measurement
 from edgekit.bench.schedule import FULL, QUICK, Pace, Progress, Series
@@ -28,32 +29,6 @@ if TYPE_CHECKING:
 QUALITY_BATCH = 32  # samples per message where the model's batch is free: enough to hide the pipe, small in memory
 _PROFILE_RUNS = 20
 _PROFILE_S = 1.0
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One artifact to measure.
-
-    path: its folder. runner: the backend's runner file. sha256, size_bytes: of the artifact's files.
-    parity: the manifest's record, or None. problems: why its manifest says it is wrong (parity failed): not timed.
-    notes: what its manifest says a reader must know.
-    """
-
-    target: str
-    backend: str
-    precision: str
-    path: Path
-    runner: Path
-    sha256: str
-    size_bytes: int
-    signature: Signature
-    parity: dict[str, Any] | None = None
-    problems: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def id(self) -> str:
-        return f"{self.backend}-{self.precision}"
 
 
 @dataclass(frozen=True)
@@ -92,15 +67,16 @@ def run_bench(
     pace: Pace | None = None,
     warnings: Sequence[str] = (),
     run_id: str | None = None,
+    reference: str | None = None,
 ) -> dict[str, Any]:
     """Measure every entry and return the bench document (bench.document); append to `results_path` if given.
 
     threads: thread counts to time with; "all" is every physical core that this process may use.
     sample_limit: judge quality on that many samples, a seeded choice. batch: samples per timed inference, where the
     model leaves it free. progress(stage, done, total). warnings: what limits the trust in the data, kept with every
-    measurement. run_id: of `new_run_id`, where several calls belong to one run. Raises ArtifactError without entries,
-    LabelError for labels that do not fit; a candidate that fails is a row with `valid` false and its reasons, the
-    others go on.
+    measurement. run_id: of `new_run_id`, where several calls belong to one run. reference: id of the entry that outputs
+    and times are compared with, instead of the float32 ones. Raises ArtifactError without entries, LabelError for
+    labels that do not fit; a candidate that fails is a row with `valid` false and its reasons, the others go on.
     """
     if not entries:
         raise ArtifactError("there is nothing to measure", "run `edgekit convert` first")
@@ -110,6 +86,7 @@ def run_bench(
     run_id = run_id or new_run_id()
     settings = {**asdict(pace), "seed": seed, "threads": counts}
     settings |= {"max_accuracy_drop": max_accuracy_drop, "warnings": list(warnings)}
+    settings |= {} if reference is None else {"reference": reference}
     facts, before = machine.facts(), machine.state()
     doubts = machine.warnings_before(facts, before)
     found: list[Measurement] = []
@@ -118,7 +95,7 @@ def run_bench(
         data = None if dataset is None else dataset.bind(own[0].signature)
         if data is not None and sample_limit is not None:
             data = data.take(sample_limit, seed)
-        judged = _judge(own, data, report)
+        judged = _judge(own, data, report, reference)
         usable = [e for e in own if not (e.problems or judged[e.id].problems)]
         timed = [] if facts["emulated"] else _time(usable, data, counts, batch, pace, seed, report)
         layers = _profile(usable, data, batch, report) if profile and not facts["emulated"] else {}
@@ -155,11 +132,14 @@ def _describe(dataset: Dataset) -> dict[str, Any]:
 
 
 # --- quality ---------------------------------------------------------------------------------------
-def _judge(entries: Sequence[Entry], data: Dataset | None, report: Progress) -> dict[str, _Judged]:
-    """Quality of each entry by id. The first float32 entry that works is the reference for agreement."""
+def _judge(
+    entries: Sequence[Entry], data: Dataset | None, report: Progress, reference: str | None
+) -> dict[str, _Judged]:
+    """Quality of each entry by id. The first reference that works is what outputs are compared with."""
     if data is None:
         return {e.id: _Judged({}, (), ()) for e in entries}
-    order = sorted((e for e in entries if not e.problems), key=lambda e: e.precision != "float32")
+    references = _references(entries, reference)
+    order = sorted((e for e in entries if not e.problems), key=lambda e: e.id not in references)
     with contextlib.ExitStack() as stack:
         opened: dict[str, tuple[Entry, Worker, Meter]] = {}
         failed: dict[str, str] = {}
@@ -172,13 +152,21 @@ def _judge(entries: Sequence[Entry], data: Dataset | None, report: Progress) -> 
             except WorkerError as error:
                 failed[entry.id] = error.what
         for done, part in _batches(data, entries[0].signature):
-            _judge_batch(part, opened, failed)
+            _judge_batch(part, opened, failed, references)
             report(f"quality {entries[0].target}", done, data.samples)
         judged = {e.id: _Judged({}, (), ()) for e in entries}
         for key, (_, _, meter) in opened.items():
             figures, reasons, problems = meter.result()
             judged[key] = _Judged(figures, tuple(reasons), tuple(problems))
         return {**judged, **{key: _Judged({}, (), (why,)) for key, why in failed.items()}}
+
+
+def _references(entries: Sequence[Entry], reference: str | None) -> set[str]:
+    """Ids: the one that was named, else the build's float32 entries, else float32 files beside it."""
+    if reference is not None:
+        return {reference}
+    floats = [e for e in entries if e.precision == "float32"]
+    return {e.id for e in floats if not e.label} or {e.id for e in floats}
 
 
 @dataclass(frozen=True)
@@ -202,12 +190,14 @@ def _batches(data: Dataset, sig: Signature) -> Iterator[tuple[int, _Part]]:
         yield done, _Part(inputs, part.labels, part.index, count)
 
 
-def _judge_batch(part: _Part, opened: dict[str, tuple[Entry, Worker, Meter]], failed: dict[str, str]) -> None:
+def _judge_batch(
+    part: _Part, opened: dict[str, tuple[Entry, Worker, Meter]], failed: dict[str, str], references: set[str]
+) -> None:
     """Run one batch on every candidate; one that fails is moved from `opened` to `failed`."""
     reference: Tensors | None = None
     for key, (entry, worker, meter) in list(opened.items()):
         try:
-            outputs = worker.infer(part.inputs)
+            outputs = entry.named(worker.infer(entry.feed(part.inputs)))
         except WorkerError as error:
             failed[key] = error.what
             del opened[key]
@@ -219,7 +209,7 @@ def _judge_batch(part: _Part, opened: dict[str, tuple[Entry, Worker, Meter]], fa
             continue
         # in the model's order, whatever the runtime's
         outputs = {spec.name: outputs[spec.name][: part.count] for spec in entry.signature.outputs}
-        if reference is None and entry.precision == "float32":
+        if reference is None and key in references:
             reference = outputs
         meter.update(outputs, reference, part.labels, part.index)
 
@@ -278,7 +268,7 @@ def _time(
             worker = _worker(entry, count, size)
             try:
                 loaded = stack.enter_context(worker).load()
-                ready.append((entry, count, worker, _figures(loaded, worker.first(inputs)[0])))
+                ready.append((entry, count, worker, _figures(loaded, worker.first(entry.feed(inputs))[0])))
             except WorkerError as error:
                 lost.append(_Timed(entry, count, size, Series((), error.what), {}))
         turns = take_turns(
@@ -318,7 +308,7 @@ def _profile(entries: Sequence[Entry], data: Dataset | None, batch: int, report:
         try:
             with _worker(entry, 1, size, profile=True) as worker:
                 worker.load()
-                worker.first(_inputs(entry.signature, data, size))
+                worker.first(entry.feed(_inputs(entry.signature, data, size)))
                 worker.warmup(_PROFILE_RUNS, 0.0, _PROFILE_S)
                 rows = worker.layers()
         except WorkerError as error:  # the timing stands
@@ -354,6 +344,7 @@ def _measurements(
             size_bytes=entry.size_bytes,
             parity=entry.parity,
             notes=entry.notes,
+            label=entry.label,
         )
         wrong = (*entry.problems, *quality.problems)
         for count in counts:

@@ -31,7 +31,14 @@ _SMALLER = 0.95  # a size difference below 5 % is no reason to prefer
 
 
 def decide(rows: Sequence[Row], max_accuracy_drop: float) -> dict[str, Any]:
-    """rows: the artifacts of one target. Returns {"ship": id or None, "threads": int or None, "why": sentence}."""
+    """rows: the artifacts of one target. Returns {"ship": id or None, "threads": int or None, "why": sentence}.
+
+    Files that stand beside a build for comparison never ship.
+    """
+    compared = [r for r in rows if r.get("label")]
+    rows = [r for r in rows if not r.get("label")]
+    if compared and not rows:
+        return {"ship": None, "threads": None, "why": f"nothing to choose: no part of a build ({_alone(compared)})"}
     timed = _best_threads(rows)
     if not timed:
         return {"ship": None, "threads": None, "why": _nothing(rows)}
@@ -56,8 +63,8 @@ def decide(rows: Sequence[Row], max_accuracy_drop: float) -> dict[str, Any]:
 
 
 def name(row: Row) -> str:
-    """<backend>-<precision>, as in a build folder."""
-    return f"{row['backend']}-{row['precision']}"
+    """<backend>-<precision>, as in a build folder; of a file beside it, its label."""
+    return row.get("label") or f"{row['backend']}-{row['precision']}"
 
 
 def quality_problem(row: Row, reference: Row | None, budget: float) -> str | None:
@@ -176,6 +183,12 @@ def _points(value: float, key: str, signed: bool = False) -> str:
     if key == "r2":
         return format(value, f"{sign}.4f")
     return format(round(100 * value, 1) + 0.0, f"{sign}.1f").replace("-", "−") + " points"
+
+
+def _alone(rows: Sequence[Row]) -> str:
+    """Each file's fate in a few words."""
+    told = {name(r): "measured" if r["valid"] and _p50(r) is not None else r["reasons"][0] for r in reversed(rows)}
+    return "; ".join(f"{file}: {fate}" for file, fate in reversed(told.items()))
 
 
 def _nothing(rows: Sequence[Row]) -> str:

@@ -106,7 +106,8 @@ def lines(document: Document, target: str) -> list[Line]:
     """The table of one target, in the document's order."""
     rows = [a for a in document["artifacts"] if a["target"] == target]
     key, _, factor, digits = _quality_figure(rows)
-    reference: Mapping[str, Any] = next((r for r in rows if r["precision"] == "float32"), {})
+    floats = [r for r in rows if r["precision"] == "float32"]
+    reference: Mapping[str, Any] = next((r for r in floats if not r.get("label")), {})
     chosen = (document.get("verdict") or {}).get(target) or {}
     return [_line(row, reference, key, factor, digits, chosen) for row in rows]
 
@@ -124,7 +125,8 @@ def _line(
     latency, quality = row.get("latency_s") or {}, row.get("quality") or {}
     own, base = quality.get(key), (reference.get("quality") or {}).get(key)
     percent = " %" if factor == 100 else ""
-    delta = None if own is None or base is None or row["precision"] == "float32" else own - base
+    baseline = row["precision"] == "float32" and not row.get("label")
+    delta = None if own is None or base is None or baseline else own - base
     name = candidate(row)
     same_threads = chosen.get("threads") in (None, row.get("threads"))
     return Line(
@@ -145,7 +147,7 @@ def _line(
 
 
 def candidate(row: Mapping[str, Any]) -> str:
-    return f"{row['backend']}-{row['precision']}"
+    return row.get("label") or f"{row['backend']}-{row['precision']}"
 
 
 def _sqnr(quality: Mapping[str, Any], reasons: Iterable[str]) -> str:
