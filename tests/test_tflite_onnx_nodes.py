@@ -32,9 +32,17 @@ def collected() -> list[Case]:
         from onnx.backend.test.case.node import collect_testcases
 
         return [
-            Case(c.name, c.model.SerializeToString(), [(list(i), list(o)) for i, o in c.data_sets or []])
+            Case(c.name, c.model.SerializeToString(), [(arrays(i), arrays(o)) for i, o in c.data_sets or []])
             for c in collect_testcases(None)
         ]
+
+
+def arrays(values: Any) -> list[Any]:
+    """Numbers and stored tensors as arrays; sequences, maps and missing values as they are."""
+    from onnx import TensorProto, numpy_helper
+
+    stored = (numpy_helper.to_array(v) if isinstance(v, TensorProto) else v for v in values)
+    return [np.asarray(v) if isinstance(v, np.ndarray | np.generic) else v for v in stored]
 
 
 def operator(case: Case) -> str:

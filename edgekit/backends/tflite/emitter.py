@@ -6,7 +6,7 @@ where an operator needs a value in a layout that nobody has made.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ class Emitter:
         self._stored: dict[Value, dict[Layout, Tensor]] = {}
         self._renamed: dict[Value, tuple[Value, Layout]] = {}
         self._readers: dict[Value, list[Node]] = {}
+        self._returned: set[Value] = set()
         self._constants: dict[tuple[Any, ...], Tensor] = {}
         self._shuffled: dict[Value, tuple[Tensor, Array]] = {}
 
@@ -74,7 +75,12 @@ class Emitter:
         """The nodes that read `value`."""
         return self._readers.get(value, [])
 
-    def know(self, nodes: Iterable[Node]) -> None:
+    def returned(self, value: Value) -> bool:
+        """Whether `value` is an output of the graph, which is read as it is."""
+        return value in self._returned
+
+    def know(self, nodes: Iterable[Node], outputs: Iterable[Value]) -> None:
+        self._returned.update(outputs)
         for node in nodes:
             for value in dict.fromkeys(v for v in node.inputs if v is not None):
                 self._readers.setdefault(value, []).append(node)
@@ -116,6 +122,17 @@ class Emitter:
     def shuffled(self, value: Value) -> tuple[Tensor, Array] | None:
         """What `shuffle` noted, where nothing holds `value` as it is: a dense layer permutes its weights instead."""
         return self._shuffled.get(value)
+
+    def checkpoint(self) -> Callable[[], None]:
+        """A function that takes back whatever is written from here on."""
+        mark, renamed, shuffled = len(self.graph.operators), dict(self._renamed), dict(self._shuffled)
+        stored = {value: dict(layouts) for value, layouts in self._stored.items()}
+
+        def undo() -> None:
+            del self.graph.operators[mark:]
+            self._stored, self._renamed, self._shuffled = stored, renamed, shuffled
+
+        return undo
 
     # --- writing tensors -----------------------------------------------------------------------------
     def op(

@@ -8,12 +8,14 @@ import numpy as np
 import onnx_ir as ir
 
 from edgekit.backends.tflite.emitter import Emitter, identity
-from edgekit.backends.tflite.graph import Graph, Tensor
+from edgekit.backends.tflite.expand import expand
+from edgekit.backends.tflite.graph import Graph, Quant, Tensor
 from edgekit.backends.tflite.ops import LOWERINGS
 from edgekit.backends.tflite.peephole import clean
 from edgekit.backends.tflite.prepare import Prepared, prepare
 from edgekit.backends.tflite.rules import INT8_FORM
 from edgekit.backends.tflite.values import Node, Refused, Value
+from edgekit.backends.tflite.wider import lower_in_some_type
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def lower(model: ir.Model, io: str = "float32") -> Lowered:
 
     io: "int8" makes quantized inputs and outputs int8 tensors instead of float32 ones.
     """
-    return _Walk(prepare(model), io).run()
+    return _Walk(prepare(expand(model, LOWERINGS)), io).run()
 
 
 class _Walk:
@@ -53,7 +55,7 @@ class _Walk:
         self.prepared = prepared
         self.io = io
         self.e = Emitter()
-        self.e.know(prepared.nodes)
+        self.e.know(prepared.nodes, [value for _, value in prepared.outputs])
         self.out = Lowered(self.e.graph, fixed_batch=prepared.fixed_batch)
         self.out.refusals += [Refusal(n, op, r.reason, r.remedy) for n, op, r in prepared.refused]
 
@@ -87,7 +89,7 @@ class _Walk:
         reads = [v for v in node.inputs if v is not None and v.quant is not None]
         writes = [v for v in node.outputs if v.quant is not None]
         if not reads and not writes:
-            lowering(self.e, node)
+            lower_in_some_type(self.e, node, lowering)
         elif node.op in INT8_FORM and _all_integer(node):
             self._integer(node)
         elif node.op == "QuantizeLinear":
@@ -137,11 +139,34 @@ class _Walk:
             if self.io == "int8" and value.quant is None and value.dtype == np.float32:
                 self._no_integers(value)
                 continue
-            tensor = self.e.tensor(value if self.io == "int8" else self.e.real(value))
-            if tensor in taken or tensor.data is not None:
-                tensor = self._copied(tensor)
+            try:
+                tensor = self._output(name, value, taken)
+            except Refused as refused:
+                self.out.refusals.append(Refusal(name, "output", refused.reason, refused.remedy))
+                continue
             taken.add(tensor)
             self.e.graph.outputs.append((name, tensor))
+
+    def _output(self, name: str, value: Value, taken: set[Tensor]) -> Tensor:
+        """A tensor of its own that holds `value` as the model declares it."""
+        integers = self.prepared.integers.get(name)
+        if integers is not None:
+            tensor = self.e.tensor(value)
+            if integers != tensor.dtype:
+                tensor = self._unsigned(tensor)
+        else:
+            tensor = self.e.tensor(value if self.io == "int8" else self.e.real(value))
+        return self._copied(tensor) if tensor in taken or tensor.data is not None else tensor
+
+    def _unsigned(self, tensor: Tensor) -> Tensor:
+        """int8 as the uint8 that the model has: 128 more of the same steps."""
+        quant = tensor.quant
+        if quant is None or tensor.dtype != np.int8 or not quant.per_tensor:
+            raise Refused("its integers are of a type or of scales that LiteRT cannot return", "quantize to int8")
+        moved = Quant(quant.scales, quant.zeros + 128, quant.axis)
+        made = self.e.op("QUANTIZE", [tensor], tensor.shape, dtype=np.uint8, quant=moved, dynamic=tensor.dynamic)
+        made.name = f"{tensor.name}/unsigned"
+        return made
 
     def _integer_input(self, value: Value) -> Value:
         """What the input's only reader, a QuantizeLinear, makes of it: that is then the input."""

@@ -21,16 +21,35 @@ _RANDOM = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
 )
 
+# inputs whose numbers decide the shape of the result: an observed shape holds for the observed numbers only
+_SHAPE_INPUTS = {
+    **dict.fromkeys(("Reshape", "Squeeze", "Unsqueeze", "Expand", "Tile", "OneHot", "TopK", "Split", "Compress"), (1,)),
+    "Slice": (1, 2, 3, 4),
+    "Resize": (2, 3),
+    "Range": (0, 1, 2),
+    "Pad": (1, 3),
+    "ConstantOfShape": (0,),
+    "AffineGrid": (1,),
+    "Col2Im": (1, 2),
+    "CenterCropPad": (1,),
+    "MaxUnpool": (2,),
+    "Upsample": (1,),
+}
+
 
 @dataclass(eq=False)
 class Prepared:
-    """inputs, outputs: in the model's order, named as the model names them. refused: (node, operator, Refused)."""
+    """inputs, outputs: in the model's order, named as the model names them. refused: (node, operator, Refused).
+
+    integers: the model's type of outputs that are quantized integers, not the numbers they stand for.
+    """
 
     inputs: list[tuple[str, Value]] = field(default_factory=list)
     outputs: list[tuple[str, Value]] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     refused: list[tuple[str, str, Refused]] = field(default_factory=list)
     fixed_batch: bool = False
+    integers: dict[str, np.dtype[Any]] = field(default_factory=dict)
 
 
 def prepare(model: ir.Model) -> Prepared:
@@ -66,7 +85,10 @@ class _Reader:
                         with suppress(Refused):
                             self._new(output)
         for value in self.graph.outputs:
-            self.out.outputs.append((value.name or "", self.values[value.name or ""]))
+            found = self.values[value.name or ""]
+            self.out.outputs.append((value.name or "", found))
+            if found.quant is not None and value.dtype is not None and value.dtype.is_integer():
+                self.out.integers[value.name or ""] = np.dtype(value.dtype.numpy())
         _attach_activations(self.out)
         return self.out
 
@@ -165,6 +187,10 @@ class _Reader:
         return list(zip(*results, strict=True))
 
     def _compute(self, node: ir.Node) -> None:
+        for index in _SHAPE_INPUTS.get(node.op_type, ()):
+            given = node.inputs[index] if index < len(node.inputs) else None
+            if given is not None and given.name and given.name not in self.pairs:
+                raise Refused(f"'{given.name}', which decides the shape of its result, is computed", "make it constant")
         inputs = [None if v is None else self.values[v.name or ""] for v in node.inputs]
         outputs = [self._new(v) if v.name else Value("", np.dtype(np.float32), ()) for v in node.outputs]
         self.out.nodes.append(Node(node.op_type, node.name or node.op_type, inputs, outputs, node))
@@ -176,6 +202,7 @@ class _Reader:
         assert source is not None
         stored = self.values[source.name or ""]
         quant = self._quant(node, stored.rank)
+        _check_int16(stored.dtype, quant)
         if stored.quant is not None and not stored.quant.same(quant):
             raise Refused("it reads integers with another scale than they were written with", "quantize anew")
         if stored.data is not None:
@@ -195,7 +222,9 @@ class _Reader:
         zero = M.constant(node.inputs[2]) if len(node.inputs) > 2 else None
         code = node.attributes.get_int("output_dtype", 0)
         after.dtype = zero.dtype if zero is not None else np.dtype(ir.DataType(code).numpy() if code else np.uint8)
-        _signed(after, self._quant(node, after.rank))
+        quant = self._quant(node, after.rank)
+        _check_int16(after.dtype, quant)
+        _signed(after, quant)
         if after.dtype not in (np.int8, np.int16):
             raise Refused(f"it quantizes to {after.dtype}", "quantize to int8 with edgekit")
         producer = self._writer(before)
@@ -219,6 +248,11 @@ class _Reader:
         scales = scale.astype(np.float32).reshape(-1)
         zeros = np.zeros(len(scales), np.int64) if zero is None else zero.astype(np.int64).reshape(-1)
         return Quant(scales, zeros, axis)
+
+
+def _check_int16(dtype: np.dtype[Any], quant: Quant) -> None:
+    if dtype == np.int16 and quant.zeros.any():
+        raise Refused("int16 with a zero point", "LiteRT takes symmetric int16: quantize anew")
 
 
 def _signed(value: Value, quant: Quant) -> None:

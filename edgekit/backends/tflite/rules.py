@@ -101,8 +101,16 @@ RULES: Mapping[str, Rule] = {
     "LOGICAL_NOT": _rule("LogicalNotOptions", "bool"),
     "SELECT_V2": _rule("SelectV2Options", "float32 qint8 int8 int16 int32 int64 bool uint8", decides=1),
     # moves
-    "RESHAPE": _rule("ReshapeOptions", "float32 qint8 qint16 int8 int16 int32 int64 bool uint8", "float32 qint8"),
-    "TRANSPOSE": _rule("TransposeOptions", "float32 qint8:2 qint16:4 int8:2 int32 int64 bool uint8", "float32 qint8"),
+    "RESHAPE": _rule(
+        "ReshapeOptions",
+        "float32 qint8 qint16 int8 int16 int32 int64 bool uint8 float16 uint16 uint32 float64",
+        "float32 qint8",
+    ),
+    "TRANSPOSE": _rule(
+        "TransposeOptions",
+        "float32 qint8:2 qint16:4 int8:2 int16:4 int32 int64 bool uint8 float16 uint32",
+        "float32 qint8",
+    ),
     "CONCATENATION": _rule("ConcatenationOptions", "float32 qint8:2 qint16:3 int32 int64 bool:3", "float32 qint8"),
     "PAD": _rule("PadOptions", "float32 qint8:2 qint16:3 int32 int64 bool:3", "float32 qint8"),
     "PADV2": _rule("PadV2Options", "float32 qint8:2 int32 int64"),

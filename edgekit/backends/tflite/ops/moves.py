@@ -23,8 +23,14 @@ def same_scale(*values: Value) -> None:
 
 
 def _identity(e: Emitter, n: Node) -> None:
-    if len(n.outputs) > 1 and n.outputs[1].name and e.readers(n.outputs[1]):
-        raise Refused("its mask is used", "export the model for inference")
+    """Dropout, too: it drops nothing unless it is told to train."""
+    training = n.const(2)
+    if training is not None and training.any():
+        raise Refused("it is in training mode", "export the model for inference")
+    if len(n.outputs) > 1 and n.outputs[1].name:
+        if n.outputs[1].dynamic:
+            raise Refused("its mask is used", "export the model for inference")
+        e.define(n.outputs[1], e.constant(np.ones(n.outputs[1].shape, np.bool_)))
     x, out = n.require(0), n.outputs[0]
     same_scale(x, out)
     e.rename(out, x, identity(x.rank))
@@ -130,7 +136,7 @@ def _flattens(e: Emitter, x: Value, out: Value) -> bool:
         r.op in ("Gemm", "MatMul") and r.input(0) is out and r.require(1).data is not None and not r.int("transA", 0)
         and r.require(1).rank == 2 for r in readers
     )  # fmt: skip
-    if not readers or not dense or layout[0] != 0:
+    if not readers or not dense or layout[0] != 0 or e.returned(out):
         return False
     order = np.arange(out.shape[1]).reshape(x.shape[1:]).transpose([a - 1 for a in layout[1:]]).reshape(-1)
     tensor = e.reshape(e.tensor(x, layout), out.shape, out.dynamic, out.name)
@@ -183,6 +189,8 @@ def _unnamed_size(n: Node) -> int:
 def _cut(e: Emitter, x: Tensor, out: Value, layout: Layout, begin: Sequence[int]) -> None:
     """SLICE of x from `begin`, all of an axis that grows with the batch."""
     made = e.blank(out, layout)
+    if 0 in made.shape:
+        raise Refused("its result is empty")
     if made.shape == x.shape and not any(begin):
         return e.define(out, x, layout)
     sizes = [-1 if k in made.dynamic else s for k, s in enumerate(made.shape)]
