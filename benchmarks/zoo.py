@@ -30,7 +30,9 @@ from edgekit.report.progress import progress_bar
 IMPORT_BOUND = 1e-4  # of the largest output; the bound that the import itself enforces
 MAX_LSB = 1
 MAX_DROP_POINTS = 1.0
-MIN_LABELS = {"onnxruntime": 0.99, "openvino": 0.98}  # against the integer reference
+TFLITE_BOUND = 1e-5  # of the largest output, float32 against ONNX Runtime on the imported model
+MAX_APART_POINTS = 0.3  # of two runtimes on the same integers
+MIN_LABELS = {"onnxruntime": 0.99, "openvino": 0.98, "tflite": 0.99}  # against the integer reference
 HOLDS, EXPLAINED, UNCHECKED, FAILS = "holds", "EXPLAINED", "not checked", "FAILS"
 
 
@@ -112,6 +114,7 @@ def claims(result: dict[str, Any]) -> list[Claim]:
         if row["precision"] == "int8" and _id(row) not in seen:
             seen.add(_id(row))
             out += _int8_claims(row, floats, result["case"])
+    out += _tflite_claims(rows)
     if not seen:
         out.append(Claim("int8", FAILS, "no int8 artifact was made"))
     for target, verdict in document["verdict"].items():
@@ -132,6 +135,20 @@ def _int8_claims(row: dict[str, Any], floats: list[dict[str, Any]], case: Case) 
     told = f"{_percent(agreement)}, bar {_percent(case.min_agreement)}"
     out.append(Claim(f"{name}: agreement with float", HOLDS if holds else FAILS, told))
     return [*out, _labels(row["backend"], f"{name}: labels", parity)]
+
+
+def _tflite_claims(rows: list[dict[str, Any]]) -> list[Claim]:
+    """LiteRT's float file against the import, and its int8 accuracy beside ONNX Runtime's on the same integers."""
+    found = {_id(r): r for r in reversed(rows)}
+    if "tflite-float32" not in found:
+        return []
+    parity = found["tflite-float32"]["parity"] or {}
+    out = [_at_most("tflite-float32: largest relative error", parity.get("max_rel_error"), TFLITE_BOUND)]
+    pair = [(found[i]["quality"] or {}).get("accuracy") for i in ("tflite-int8", "onnxruntime-int8") if i in found]
+    if len(pair) == 2 and pair[0] is not None and pair[1] is not None:
+        apart = 100 * abs(pair[0] - pair[1])
+        out.append(_at_most("tflite-int8: accuracy apart from the same integers', points", apart, MAX_APART_POINTS))
+    return out
 
 
 def _labels(backend: str, name: str, parity: dict[str, Any]) -> Claim:
