@@ -7,7 +7,7 @@ The product of all steps' inputs is one FULLY_CONNECTED; each step adds the prod
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,13 +17,25 @@ from edgekit.backends.tflite.values import Node, Refused, Value
 
 _CODES = {"Sigmoid": "LOGISTIC", "Tanh": "TANH", "Relu": "RELU"}
 _DEFAULT = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"], "RNN": ["Tanh"]}
-_GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+_HARD = (0.2, 0.5)  # slope and offset of ONNX's HardSigmoid
 _MOST_STEPS = 512  # about 10 operators each: a longer sequence makes a file that takes seconds to load
 
 
 @dataclass(frozen=True)
+class _Activation:
+    """An activation by ONNX's name; slope and offset of a HardSigmoid."""
+
+    name: str
+    slope: float = _HARD[0]
+    offset: float = _HARD[1]
+
+
+@dataclass(frozen=True)
 class _Cell:
-    """One direction. w: (gates · hidden, inputs); r: (gates · hidden, hidden); biases: as long as their rows."""
+    """One direction. w: (gates · hidden, inputs); r: (gates · hidden, hidden); biases: as long as their rows.
+
+    peepholes: (3 · hidden,) of an LSTM, as input, output, forget. clip: bound of what goes into an activation.
+    """
 
     e: Emitter
     hidden: int
@@ -31,23 +43,35 @@ class _Cell:
     r: Array
     wb: Array
     rb: Array
-    activations: list[str]
+    activations: list[_Activation]
     reset_after: bool
+    peepholes: Array | None = None
+    clip: float = 0.0
 
     def dense(self, x: Tensor, weight: Array, bias: Array, *, wide: bool = False) -> Tensor:
         kernel = self.e.constant(np.ascontiguousarray(weight, np.float32))
-        addend = self.e.constant(np.ascontiguousarray(bias, np.float32))
+        addend = self.row(bias)
         shape = (*x.shape[:-1], len(weight))
         return self.e.op(
             "FULLY_CONNECTED", [x, kernel, addend], shape, dynamic=x.dynamic, fusedActivationFunction="NONE",
             keepNumDims=wide, weightsFormat="DEFAULT",
         )  # fmt: skip
 
-    def two(self, code: str, a: Tensor, b: Tensor) -> Tensor:
-        return self.e.op(code, [a, b], a.shape, dynamic=a.dynamic, fusedActivationFunction="NONE")
+    def row(self, values: Array) -> Tensor:
+        return self.e.constant(np.ascontiguousarray(values, np.float32))
 
-    def one(self, activation: str, x: Tensor) -> Tensor:
-        return self.e.op(activation, [x], x.shape, dynamic=x.dynamic)
+    def two(self, code: str, a: Tensor, b: Tensor, activation: str = "NONE") -> Tensor:
+        return self.e.op(code, [a, b], a.shape, dynamic=a.dynamic, fusedActivationFunction=activation)
+
+    def one(self, activation: _Activation, x: Tensor) -> Tensor:
+        if self.clip:
+            for code, bound in (("MINIMUM", self.clip), ("MAXIMUM", -self.clip)):
+                x = self.e.op(code, [x, self.e.constant(np.float32(bound))], x.shape, dynamic=x.dynamic)
+        if activation.name in _CODES:
+            return self.e.op(_CODES[activation.name], [x], x.shape, dynamic=x.dynamic)
+        scaled = self.two("MUL", x, self.e.constant(np.float32(6 * activation.slope)))
+        six = self.two("ADD", scaled, self.e.constant(np.float32(6 * activation.offset)), "RELU6")
+        return self.two("MUL", six, self.e.constant(np.float32(1 / 6)))
 
     def part(self, x: Tensor, first: int, count: int) -> Tensor:
         """Gates `first` to `first + count` of (batch, gates · hidden)."""
@@ -55,42 +79,68 @@ class _Cell:
         size = self.e.constant(np.array([-1, count * self.hidden], np.int32))
         return self.e.op("SLICE", [x, begin, size], (x.shape[0], count * self.hidden), dynamic=x.dynamic)
 
+    def rows(self, values: Array, first: int, count: int = 1) -> Array:
+        """Gates `first` to `first + count` of what has a row per gate and hidden unit."""
+        return values[first * self.hidden : (first + count) * self.hidden]
 
-def _lstm(c: _Cell, x: Tensor, h: Tensor | None, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def recurrent(self, x: Tensor, h: Tensor | None, first: int, count: int) -> Tensor:
+        """x + R·h + Rb of some gates; h of None is zero."""
+        if h is not None:
+            return self.two("ADD", x, self.dense(h, self.rows(self.r, first, count), self.rows(self.rb, first, count)))
+        bias = self.rows(self.rb, first, count)
+        return self.two("ADD", x, self.row(bias)) if bias.any() else x
+
+    def peeped(self, gate: Tensor, memory: Tensor | None, index: int) -> Tensor:
+        """A gate's sum with what it sees of the memory."""
+        if self.peepholes is None or memory is None:
+            return gate
+        return self.two("ADD", gate, self.two("MUL", memory, self.row(self.rows(self.peepholes, index))))
+
+
+_State = tuple[Tensor, Tensor | None]
+
+
+def _lstm(c: _Cell, x: Tensor, h: Tensor | None, memory: Tensor | None) -> _State:
     """ONNX's gates come as input, output, forget, cell; x holds W·x + Wb."""
-    gates = x if h is None else c.two("ADD", x, c.dense(h, c.r, c.rb))
-    if h is None and c.rb.any():
-        gates = c.two("ADD", gates, c.e.constant(np.ascontiguousarray(c.rb, np.float32)))
+    gates = c.recurrent(x, h, 0, 4)
     gate, squash, out = c.activations
-    opened = c.one(gate, c.part(gates, 0, 3))
-    fresh = c.two("MUL", c.part(opened, 0, 1), c.one(squash, c.part(gates, 3, 1)))
-    kept = fresh if memory is None else c.two("ADD", c.two("MUL", c.part(opened, 2, 1), memory), fresh)
-    return c.two("MUL", c.part(opened, 1, 1), c.one(out, kept)), kept
+    fresh = c.one(squash, c.part(gates, 3, 1))
+    if c.peepholes is None:
+        opened = c.one(gate, c.part(gates, 0, 3))
+        let_in, let_out = c.part(opened, 0, 1), c.part(opened, 1, 1)
+        keep = None if memory is None else c.part(opened, 2, 1)
+    else:
+        let_in = c.one(gate, c.peeped(c.part(gates, 0, 1), memory, 0))
+        keep = None if memory is None else c.one(gate, c.peeped(c.part(gates, 2, 1), memory, 2))
+    kept = c.two("MUL", let_in, fresh)
+    if memory is not None and keep is not None:
+        kept = c.two("ADD", c.two("MUL", keep, memory), kept)
+    if c.peepholes is not None:
+        let_out = c.one(gate, c.peeped(c.part(gates, 1, 1), kept, 1))
+    clipped = replace(c, clip=0.0)  # ONNX clips what goes into the gates, not the memory on its way out
+    return c.two("MUL", let_out, clipped.one(out, kept)), kept
 
 
-def _gru(c: _Cell, x: Tensor, h: Tensor | None, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _gru(c: _Cell, x: Tensor, h: Tensor | None, memory: Tensor | None) -> _State:
     """ONNX's gates come as update, reset, hidden; the state is new + update · (old − new)."""
     gate, squash = c.activations
-    n = c.hidden
-    if h is None:
-        zeros = c.part(x, 0, 1)
-        h = c.two("SUB", zeros, zeros)
-    opened = c.one(gate, c.two("ADD", c.part(x, 0, 2), c.dense(h, c.r[: 2 * n], c.rb[: 2 * n])))
+    opened = c.one(gate, c.recurrent(c.part(x, 0, 2), h, 0, 2))
     update, reset = c.part(opened, 0, 1), c.part(opened, 1, 1)
-    if c.reset_after:
-        inner = c.two("MUL", reset, c.dense(h, c.r[2 * n :], c.rb[2 * n :]))
-    else:
-        inner = c.dense(c.two("MUL", reset, h), c.r[2 * n :], c.rb[2 * n :])
-    fresh = c.one(squash, c.two("ADD", c.part(x, 2, 1), inner))
+    sums = c.part(x, 2, 1)
+    if c.reset_after and (h is not None or c.rows(c.rb, 2).any()):
+        bias = c.row(c.rows(c.rb, 2))
+        inner = bias if h is None else c.dense(h, c.rows(c.r, 2), c.rows(c.rb, 2))
+        sums = c.two("ADD", sums, c.two("MUL", reset, inner))
+    elif not c.reset_after:
+        sums = c.recurrent(sums, None if h is None else c.two("MUL", reset, h), 2, 1)
+    fresh = c.one(squash, sums)
+    if h is None:
+        return c.two("SUB", fresh, c.two("MUL", update, fresh)), None
     return c.two("ADD", fresh, c.two("MUL", update, c.two("SUB", h, fresh))), None
 
 
-def _rnn(c: _Cell, x: Tensor, h: Tensor | None, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if h is not None:
-        x = c.two("ADD", x, c.dense(h, c.r, c.rb))
-    elif c.rb.any():
-        x = c.two("ADD", x, c.e.constant(np.ascontiguousarray(c.rb, np.float32)))
-    return c.one(c.activations[0], x), None
+def _rnn(c: _Cell, x: Tensor, h: Tensor | None, memory: Tensor | None) -> _State:
+    return c.one(c.activations[0], c.recurrent(x, h, 0, 1)), None
 
 
 _STEPS = {"LSTM": _lstm, "GRU": _gru, "RNN": _rnn}
@@ -124,34 +174,43 @@ def _check(n: Node) -> None:
     if lengths is not None and (lengths.data is None or (lengths.data != steps).any()):
         raise Refused("sequences of several lengths", "leave sequence_lens out")
     peepholes = n.input(7)
-    if peepholes is not None and (peepholes.data is None or peepholes.data.any()):
-        raise Refused("peepholes", "LiteRT has no form for them here")
-    if n.float("clip", 0.0) or n.int("input_forget", 0):
-        raise Refused("clip or input_forget", "train without them")
+    if peepholes is not None and peepholes.data is None:
+        raise Refused("its peepholes are computed", "make them constant")
+    if n.int("input_forget", 0):
+        raise Refused("coupled input and forget gates", "train without input_forget")
 
 
 def _cell(e: Emitter, n: Node, index: int, directions: int) -> _Cell:
-    w, r, b = n.const(1), n.const(2), n.const(3)
+    w, r, b, p = n.const(1), n.const(2), n.const(3), n.const(7) if n.op == "LSTM" else None
     if w is None or r is None:
         raise Refused("it has no weights")
     hidden, rows = r.shape[2], w.shape[1]
     bias = np.zeros(2 * rows, np.float32) if b is None else b[index]
-    names = _names(n, directions)[index]
-    return _Cell(e, hidden, w[index], r[index], bias[:rows], bias[rows:], names, bool(n.int("linear_before_reset", 0)))
+    return _Cell(
+        e, hidden, w[index], r[index], bias[:rows], bias[rows:], _activations(n, directions)[index],
+        bool(n.int("linear_before_reset", 0)), p[index] if p is not None and p[index].any() else None,
+        n.float("clip", 0.0),
+    )  # fmt: skip
 
 
-def _names(n: Node, directions: int) -> list[list[str]]:
-    """LiteRT's codes of the activations, per direction."""
+def _activations(n: Node, directions: int) -> list[list[_Activation]]:
+    """Per direction. Alphas and betas are given to those that have any, in order."""
     default = _DEFAULT[n.op]
-    found = None if n.attributes is None else n.attributes.attributes.get_strings("activations", None)
-    names = list(found) if found else default * directions
-    if n.attributes is not None and any(a in n.attributes.attributes for a in ("activation_alpha", "activation_beta")):
-        raise Refused("activations with parameters", "use Sigmoid, Tanh or Relu")
-    unknown = [a for a in names if a not in _CODES]
-    if unknown:
-        raise Refused(f"activation {unknown[0]}", "use Sigmoid, Tanh or Relu")
+    attributes = {} if n.attributes is None else n.attributes.attributes
+    names = list(a.as_strings()) if (a := attributes.get("activations")) else []
+    names = names or default * directions
+    numbers = [list(a.as_floats()) if (a := attributes.get(k)) else [] for k in ("activation_alpha", "activation_beta")]
+    made = []
+    for name in names:
+        known = next((k for k in (*_CODES, "HardSigmoid") if k.lower() == name.lower()), None)
+        if known is None:
+            raise Refused(f"activation {name}", "use Sigmoid, HardSigmoid, Tanh or Relu")
+        if known == "HardSigmoid":
+            made.append(_Activation(known, *(v.pop(0) if v else d for v, d in zip(numbers, _HARD, strict=True))))
+        else:
+            made.append(_Activation(known))
     size = len(default)
-    return [[_CODES[a] for a in names[i * size : (i + 1) * size]] for i in range(directions)]
+    return [made[i * size : (i + 1) * size] for i in range(directions)]
 
 
 def _initial(e: Emitter, n: Node, index: int, direction: int, batch_first: bool) -> Tensor | None:
@@ -162,10 +221,6 @@ def _initial(e: Emitter, n: Node, index: int, direction: int, batch_first: bool)
     layout: Layout = (0, 1, 2) if batch_first else (1, 0, 2)
     if value.data is not None:
         rows = value.data[:, direction] if batch_first else value.data[direction]
-        if value.dynamic or n.require(0).dynamic:
-            rows = rows[:1]
-            if not np.array_equal(np.broadcast_to(rows, rows.shape), rows):
-                raise Refused("a state of its own for each sample", "fix the batch: --shape INPUT=1,...")
         return e.constant(np.ascontiguousarray(rows, np.float32))
     tensor = e.tensor(value, layout)
     begin = e.constant(np.array([0, direction, 0], np.int32))
