@@ -61,6 +61,13 @@ def test_float_graphs_agree_with_onnx_runtime(rng: random.Random) -> None:
     assert float_error(rng) <= BOUND
 
 
+@pytest.mark.parametrize("start", range(0, 200, 50))
+def test_float_graphs_of_plain_seeds_agree_too(start: int) -> None:
+    """Hypothesis likes small graphs; these are of every size."""
+    for seed in range(start, start + 50):
+        assert float_error(random.Random(seed)) <= BOUND, seed
+
+
 @pytest.mark.parametrize("kernels", ["AUTO", "BUILTIN_REF"])
 @settings(QUIET, max_examples=60)
 @given(rng=st.randoms(use_true_random=False))

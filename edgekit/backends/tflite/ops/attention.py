@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from edgekit.backends.tflite.graph import Array, Layout, Tensor
 from edgekit.backends.tflite.ops.elementwise import existing
 from edgekit.backends.tflite.values import Node, Refused, Value
 
-_PLAIN = {"fusedActivationFunction": "NONE"}
+_PLAIN: dict[str, Any] = {"fusedActivationFunction": "NONE"}
 _BY_HEAD: Layout = (0, 2, 1, 3)  # (batch, heads, steps, size) stored as (batch, steps, heads, size)
 _FLOAT32 = 1  # onnx.TensorProto.FLOAT
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from edgekit.backends.tflite.graph import Array, Layout, Tensor
 from edgekit.backends.tflite.ops.elementwise import existing
 from edgekit.backends.tflite.values import Node, Refused
 
-_PLAIN = {"fusedActivationFunction": "NONE"}
+_PLAIN: dict[str, Any] = {"fusedActivationFunction": "NONE"}
 
 
 def standardized(e: Emitter, x: Tensor, axes: Sequence[int], epsilon: float, *, centre: bool = True) -> Tensor:
@@ -19,7 +20,7 @@ def standardized(e: Emitter, x: Tensor, axes: Sequence[int], epsilon: float, *, 
     where = e.constant(np.array(sorted(axes), np.int32))
     small = [1 if k in axes else s for k, s in enumerate(x.shape)]
     dynamic = x.dynamic - set(axes)
-    same = {"shape": x.shape, "dynamic": x.dynamic}
+    same: dict[str, Any] = {"shape": x.shape, "dynamic": x.dynamic}
     if centre:
         mean = e.op("MEAN", [x, where], small, dynamic=dynamic, keepDims=True)
         square = e.op("SQUARED_DIFFERENCE", [x, mean], **same)
