@@ -207,6 +207,14 @@ class Builder:
                       (*self.shape[:-1], out))  # fmt: skip
         return True
 
+    def head(self) -> bool:
+        """A flattened image into a dense layer, as classifiers end."""
+        size = int(np.prod(self.shape))
+        if len(self.shape) != 3 or size > 512:
+            return False
+        self.node("Reshape", [self.value, self.const(np.array([-1, size], np.int64))], (size,))
+        return self.dense()
+
     def resize(self) -> bool:
         if len(self.shape) != 3 or max(self.shape[1:]) > 10:
             return False
@@ -218,7 +226,7 @@ class Builder:
 
     STEPS = (
         conv, conv, conv, pool, activation, activation, transpose, transpose, reshape, split_channels, add, add, concat,
-        slice, pad, mean, softmax, dense, resize,
+        slice, pad, mean, softmax, dense, head, resize,
     )  # fmt: skip
 
     def model(self) -> ir.Model:
