@@ -191,6 +191,14 @@ def convert(as_json: bool, **given: Any) -> None:
 @main.command()
 @click.argument("build", type=click.Path(path_type=Path))
 @click.option("-t", "--target", "targets", multiple=True, help="Only these targets of the build.")
+@click.option(
+    "--with",
+    "beside",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE.tflite",
+    help="Measure this file in the same run, for comparison.",
+)
 @click.option("--data", help="Test data, with labels if you have them.")
 @click.option("--samples", type=click.IntRange(1), help="Use at most this many samples (a seeded choice).")
 @click.option("--quick", is_flag=True, help="Fewer runs; every number is marked so.")
@@ -203,7 +211,7 @@ def convert(as_json: bool, **given: Any) -> None:
 @_targets_option
 @_json_option
 def bench(as_json: bool, **given: Any) -> None:
-    """Measure every candidate of BUILD side by side and say which one to ship."""
+    """Measure every candidate of BUILD side by side and say which one to ship; or measure a .tflite file."""
     from edgekit import pipeline
     from edgekit.report.progress import progress_bar
 

@@ -1,0 +1,273 @@
+"""Measures builds and published files, and reports what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekit import artifact, backends
+from edgekit.arguments import names, open_data, thread_counts
+from edgekit.errors import ArtifactError, UnknownTargetError, UsageError
+from edgekit.report.progress import Progress, silent
+from edgekit.target import PRECISIONS, load_target
+
+if TYPE_CHECKING:
+    from edgekit.bench.entry import Entry
+    from edgekit.dataset import Dataset
+    from edgekit.model import Signature
+    from edgekit.preprocessing import Preprocessing
+
+
+FILE_TARGET = "file"
+BESIDE = "for comparison, not part of this build"
+
+
+def bench(
+    build: Path | str,
+    targets: Sequence[str] = (),
+    *,
+    beside: Sequence[Path | str] = (),
+    data: str | Path | Dataset | None = None,
+    samples: int | None = None,
+    quick: bool = False,
+    threads: Sequence[str | int] = (),
+    batch: int = 1,
+    profile: bool = False,
+    max_accuracy_drop: float = 0.01,
+    seed: int = 0,
+    preprocessing: Preprocessing | None = None,
+    label_column: str | None = None,
+    labels: Path | None = None,
+    targets_dir: Path | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measure every artifact of a build side by side and decide what to ship.
+
+    build: the folder, or a .tflite of any origin. beside: .tflite files to measure in the same run, for comparison.
+    data: test data; without it latency, size and memory are measured and quality is absent, with the reason.
+    samples: judge quality on at most that many; threads: counts or "all", instead of the profile's.
+    Returns the bench document (schema 1) and appends the raw measurements to `build/results.jsonl`.
+    """
+    from edgekit.bench.run import new_run_id, run_bench
+
+    subject = _subject(Path(build), names(targets), [Path(p) for p in beside])
+    dataset = open_data(data, preprocessing or _recorded(data, subject.preprocessing), label_column, labels)
+    if dataset is not None:
+        _check_labels(dataset, subject.signature)
+    warnings = _data_warnings(dataset, subject, progress)
+    documents, run_id = [], new_run_id()
+    for name, entries in subject.entries.items():
+        documents.append(
+            run_bench(
+                entries,
+                dataset,
+                threads=thread_counts(threads) or _profile_threads(name, targets_dir),
+                quick=quick,
+                profile=profile,
+                max_accuracy_drop=max_accuracy_drop,
+                seed=seed,
+                progress=progress,
+                sample_limit=samples,
+                batch=batch,
+                results_path=subject.results,
+                warnings=warnings,
+                run_id=run_id,
+            )
+        )
+    return _merged(documents)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is measured. entries: by target. preprocessing: recorded by what is measured. results: file to append to."""
+
+    entries: Mapping[str, list[Entry]]
+    signature: Signature
+    manifests: Mapping[Path, artifact.Manifest]
+    preprocessing: Preprocessing | None
+    results: Path | None
+
+
+def _subject(build: Path, targets: Sequence[str], beside: Sequence[Path]) -> _Subject:
+    """Everything that can be wrong with what is to be measured shows here."""
+    from edgekit import candidates
+    from edgekit.bench.results import RESULTS_FILE
+    from edgekit.model import Signature
+    from edgekit.preprocessing import Preprocessing
+    from edgekit.sources import tflite
+
+    for path in beside:
+        if not tflite.is_tflite(path):
+            raise UsageError(f"--with {path}", "give a .tflite file")
+    if tflite.is_tflite(build) and not build.is_dir():
+        if targets:
+            raise UsageError(f"'{build}' is a file, it has no target '{targets[0]}'", "leave --target out")
+        models = [tflite.read(p) for p in (build, *beside)]
+        called = candidates.labels([m.path for m in models])
+        files = [candidates.of_file(m, n, FILE_TARGET) for m, n in zip(models, called, strict=True)]
+        wanted = files[0].signature
+        files = [files[0], *(candidates.fitted(e, wanted) for e in files[1:])]
+        return _Subject({FILE_TARGET: files}, wanted, {}, candidates.told_preprocessing(models[0]), None)
+    root = artifact.check_build(build)
+    manifests = _manifests(root, targets)
+    first = next(iter(manifests.values()))
+    wanted = Signature.from_json(first.signature)
+    models = [tflite.read(p) for p in beside]
+    called = candidates.labels([m.path for m in models])
+    entries = {}
+    for name in dict.fromkeys(m.target for m in manifests.values()):
+        own = [candidates.of_artifact(path, m) for path, m in manifests.items() if m.target == name]
+        files = [candidates.of_file(m, label, name, (BESIDE,)) for m, label in zip(models, called, strict=True)]
+        entries[name] = [*own, *(candidates.fitted(e, wanted) for e in files)]
+    recorded = None if first.preprocessing is None else Preprocessing.from_json(first.preprocessing)
+    return _Subject(entries, wanted, manifests, recorded, root / RESULTS_FILE)
+
+
+def report(build: Path | str, *, out: Path | str | None = None, kind: str | None = None) -> str:
+    """The newest measurements of a build as text, markdown or JSON; written to `out` if given. Measures nothing."""
+    from edgekit.report import render
+
+    root = artifact.check_build(Path(build))
+    text = render.render(latest_document(root), kind or render.kind_of(out))
+    if out is not None:
+        with artifact.disk_errors(Path(out)):
+            artifact.write_text(Path(out), text)
+    return text
+
+
+def latest_document(root: Path) -> dict[str, Any]:
+    """The bench document of the newest measurements of each target in `results.jsonl`."""
+    from edgekit.bench.document import document
+    from edgekit.bench.results import RESULTS_FILE, latest, read
+
+    path = root / RESULTS_FILE
+    if not path.is_file():
+        raise ArtifactError(f"nothing was measured in '{root}' yet", f"run `edgekit bench {root}`")
+    notes: list[str] = []
+    measured = read(path, notes.append)
+    by_target = {name: [m for m in measured if m.target == name] for name in dict.fromkeys(m.target for m in measured)}
+    merged = _merged([document(latest(lines)) for lines in by_target.values()])
+    return {**merged, "warnings": [*merged["warnings"], *notes, *_outdated(root, merged)]}
+
+
+def _outdated(root: Path, document: Mapping[str, Any]) -> list[str]:
+    """Which measured artifacts and files are no longer what stands there."""
+    now = {path: artifact.read_manifest(path, verify=False).sha256 for path in artifact.artifacts(root)}
+    stale = set()
+    for row in document["artifacts"]:
+        if row.get("label"):
+            file = Path(row["path"])
+            if not file.is_file() or artifact.digest_file(file) != row["sha256"]:
+                stale.add(row["label"])
+            continue
+        where = root / row["target"] / f"{row['backend']}-{row['precision']}"
+        if now.get(where) != row["sha256"]:
+            stale.add(f"{row['target']}/{where.name}")
+    told = ", ".join(sorted(stale))
+    return [f"measured before they were made again or removed: {told}; run `edgekit bench {root}`"] if stale else []
+
+
+def _manifests(root: Path, targets: Sequence[str]) -> dict[Path, artifact.Manifest]:
+    """Artifact folder -> manifest, hashes checked, in the order of the profiles' candidates."""
+    found = {path: artifact.read_manifest(path) for path in artifact.artifacts(root)}
+    for name in targets:
+        if not any(m.target == name for m in found.values()):
+            made = ", ".join(sorted({m.target for m in found.values()})) or "nothing"
+            raise ArtifactError(
+                f"build '{root}' has no target '{name}' (it has {made})", f"run `edgekit convert -t {name}`"
+            )
+    if not found:
+        raise ArtifactError(f"build '{root}' holds no artifact", "run `edgekit convert MODEL` first")
+    if len({m.source["sha256"] for m in found.values()}) > 1:
+        raise ArtifactError(f"build '{root}' holds artifacts of different models", "convert again")
+    order = {name: i for i, name in enumerate(backends.BACKENDS)}
+    ranked = sorted(found.items(), key=lambda p: (p[1].target, PRECISIONS.index(p[1].precision), order[p[1].backend]))
+    return {path: m for path, m in ranked if not targets or m.target in targets}
+
+
+def _profile_threads(name: str, targets_dir: Path | None) -> tuple[int | Any, ...]:
+    """The profile's thread counts; a target whose profile is gone is measured with the default ones."""
+    try:
+        return load_target(name, targets_dir).threads
+    except UnknownTargetError:
+        return (1, "all")
+
+
+def _recorded(data: Any, recorded: Preprocessing | None) -> Preprocessing | None:
+    """The preprocessing that convert or a file's metadata recorded, unless the data come with their own declaration."""
+    from edgekit.preprocessing import find_file
+
+    if recorded is None or not isinstance(data, str | Path):
+        return None
+    return None if find_file(Path(str(data).partition("#")[0])) is not None else recorded
+
+
+def _check_labels(dataset: Dataset, sig: Signature) -> None:
+    """Class labels must be of the model's classes, and of more than one. Raises LabelError."""
+    from edgekit.binding import output_classes
+    from edgekit.dataset import check_labels
+
+    classes = output_classes(sig)
+    if not dataset.labelled or classes is None or classes < 2 or len(sig.outputs[0].shape) != 2:
+        return
+    bound = dataset.bind(sig)
+    _, first = next(iter(bound.labels()))
+    if first.dtype.kind == "i" and first.ndim == 1:
+        check_labels(bound, classes)
+
+
+def _data_warnings(dataset: Dataset | None, subject: _Subject, progress: Progress) -> list[str]:
+    """What a reader must know of the data before trusting a figure."""
+    out = []
+    calibration = next((m.calibration for m in subject.manifests.values() if m.calibration), None)
+    if calibration and calibration["random"]:
+        out.append("int8 was calibrated on random inputs: its accuracy says little about real calibration data")
+    if dataset is None:
+        return out
+    progress("compare calibration and test data", 0, 0)
+    if calibration:
+        shared = len(set(calibration["sample_ids"]) & set(dataset.bind(subject.signature).sample_ids()))
+        if shared:
+            out.append(f"{shared} of the {dataset.samples} test samples were also used for calibration")
+    recorded = subject.preprocessing
+    if recorded is not None and recorded.to_json() != dataset.preprocessing.to_json():
+        than = "the calibration data" if subject.manifests else f"the file's metadata say ({recorded.describe()})"
+        joint = "from" if subject.manifests else "than"
+        out.append(f"the test data are prepared differently ({dataset.preprocessing.describe()}) {joint} {than}")
+    told = _probe(dataset, subject.manifests, progress)
+    return [*out, told] if told else out
+
+
+def _probe(dataset: Dataset, manifests: Mapping[Path, artifact.Manifest], progress: Progress) -> str | None:
+    """Whether a simple change of the preprocessing raises the float artifact's accuracy strongly, and which."""
+    from edgekit import verify
+    from edgekit.binding import output_classes
+    from edgekit.model import Signature, batch_of
+    from edgekit.probe import probe
+
+    found = next(((p, m) for p, m in manifests.items() if m.precision == "float32"), None)
+    if found is None or not dataset.labelled or backends.get(found[1].backend).missing():
+        return None
+    path, manifest = found
+    sig = Signature.from_json(manifest.signature)
+    classes = output_classes(sig)
+    if classes is None:
+        return None
+    progress("probe the preprocessing", 0, 0)
+    with verify.opened(backends.get(manifest.backend), path) as worker:
+        told = probe(worker.infer, dataset.bind(sig), classes, batch=batch_of(sig) or verify.BATCH)
+    return None if told is None else told.message()
+
+
+def _merged(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One document for several targets, measured one after the other on the same machine: their warnings together."""
+    merged = dict(documents[-1])
+    machine = [w for d in documents for w in d["machine"].get("warnings") or ()]
+    merged["machine"] = {**merged["machine"], "before": documents[0]["machine"].get("before")}
+    merged["machine"]["warnings"] = list(dict.fromkeys(machine))
+    merged["warnings"] = list(dict.fromkeys(w for d in documents for w in d["warnings"]))
+    merged["artifacts"] = [row for d in documents for row in d["artifacts"]]
+    merged["verdict"] = {name: v for d in documents for name, v in d["verdict"].items()}
+    return merged

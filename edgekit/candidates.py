@@ -1,0 +1,94 @@
+"""Turns what users name, artifact folders and .tflite files, into entries to measure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from edgekit import artifact, backends
+from edgekit.bench.entry import Entry, fit
+from edgekit.model import Signature
+
+if TYPE_CHECKING:
+    from edgekit.preprocessing import Preprocessing
+    from edgekit.sources.tflite import Model
+
+FILE_BACKEND = "tflite"  # whose runner opens published files
+
+
+def of_artifact(path: Path, manifest: artifact.Manifest) -> Entry:
+    """An artifact of a build."""
+    backend = backends.get(manifest.backend)
+    parity = None if manifest.parity is None else dict(manifest.parity)
+    problems = tuple((parity or {}).get("reasons", ()))
+    install = backend.missing()
+    if install:
+        problems = (*problems, f"not run: needs {manifest.backend}: {install}")
+    elif _proved_elsewhere(manifest) and backend.saturates():
+        problems = (*problems, "proved on a CPU whose int8 kernels do not saturate, as this one's do: convert it here")
+    return Entry(
+        target=manifest.target,
+        backend=manifest.backend,
+        precision=manifest.precision,
+        path=path,
+        runner=backend.RUNNER,
+        sha256=manifest.sha256,
+        size_bytes=manifest.size_bytes,
+        signature=Signature.from_json(manifest.signature),
+        parity=parity,
+        problems=problems,
+        notes=manifest.notes,
+    )
+
+
+def _proved_elsewhere(manifest: artifact.Manifest) -> bool:
+    """An int8 artifact with full-range weights whose proof holds where u8×s8 products are exact."""
+    bits = (manifest.quantization or {}).get("weight_bits")
+    return bits == 8 and (manifest.parity or {}).get("saturates") is False
+
+
+def of_file(model: Model, label: str, target: str, notes: tuple[str, ...] = ()) -> Entry:
+    """A .tflite of any origin, as it is."""
+    from edgekit.inspection_precision import numbers
+    from edgekit.sources.tflite import signature
+
+    told = numbers(model)
+    return Entry(
+        target=target,
+        backend=FILE_BACKEND,
+        precision=told.id,
+        path=model.path,
+        runner=backends.get(FILE_BACKEND).RUNNER,
+        sha256=artifact.digest_file(model.path),
+        size_bytes=model.size_bytes,
+        signature=signature(model),
+        notes=(*notes, told.words),
+        label=label,
+    )
+
+
+def fitted(entry: Entry, wanted: Signature) -> Entry:
+    """The same entry, fed and read as a model of signature `wanted`. Raises ShapeError if it cannot be."""
+    from dataclasses import replace
+
+    how = fit(entry.signature, wanted, entry.label or str(entry.path))
+    return replace(entry, signature=wanted, fit=how)
+
+
+def labels(paths: list[Path]) -> list[str]:
+    """A short name of each file, no two alike: its name, or its path where several have that name."""
+    return [p.name if [q.name for q in paths].count(p.name) == 1 else str(p) for p in paths]
+
+
+def told_preprocessing(model: Model) -> Preprocessing | None:
+    """The normalization that a file's metadata declare for its only input, if it changes anything."""
+    from edgekit.backends.tflite.metadata import read_metadata
+    from edgekit.preprocessing import Preprocessing
+
+    told = read_metadata(cast(bytes, model.content))  # a map is sliced like bytes
+    if told is None or len(told.inputs) != 1:
+        return None
+    mean, std = told.inputs[0].mean, told.inputs[0].std
+    if not mean or not std or (set(mean) == {0.0} and set(std) == {1.0}):
+        return None
+    return Preprocessing(mean=mean, std=std)
