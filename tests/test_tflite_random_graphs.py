@@ -6,6 +6,8 @@ A lowering that is broken on purpose must fail on some of the same graphs.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -92,16 +94,32 @@ def test_int8_graphs_are_within_one_step_of_the_reference(kernels: str, rng: ran
     assert (record.per_op_max_lsb or 0) <= 1, record.worst[:3]
 
 
-MUTATIONS = {
-    "a transpose forgets its order": (emitter.Emitter, "rename", lambda self, value, source, perm: self._renamed.__setitem__(value, (source, tuple(range(len(perm)))))),
+def _rename_without_order(self: Any, value: Any, source: Any, perm: Any) -> None:
+    self._renamed[value] = (source, tuple(range(len(perm))))
+
+
+def _shuffle_without_order(self: Any, value: Any, tensor: Any, order: Any) -> None:
+    self._shuffled[value] = (tensor, np.arange(len(order)))
+
+
+def _operand_in_its_own_layout(self: Any, value: Any, layout: Any) -> Any:
+    return self.tensor(value, (self.layouts(value) or [None])[0])
+
+
+def _window_without_dilation(n: Any, kernel: Any, sizes: Any) -> windows.Window:
+    return replace(windows.window(n, kernel, sizes), dilations=(1,) * len(kernel))
+
+
+MUTATIONS: dict[str, tuple[Any, str, Any]] = {
+    "a transpose forgets its order": (emitter.Emitter, "rename", _rename_without_order),
     "padding is always SAME": (windows.Window, "padding", lambda self, sizes: "SAME"),
     "a reshape takes any layout": (moves, "_carried", lambda x, out, groups, layout: emitter.identity(out.rank)),
-    "a flattened tensor keeps its order": (emitter.Emitter, "shuffle", lambda self, value, tensor, order: self._shuffled.__setitem__(value, (tensor, np.arange(len(order))))),
+    "a flattened tensor keeps its order": (emitter.Emitter, "shuffle", _shuffle_without_order),
     "size-1 axes may move anywhere": (emitter, "_same_order", lambda shape, first, second, dynamic=(): True),
-    "operands keep their own layout": (emitter.Emitter, "widened", lambda self, value, layout: self.tensor(value, (self.layouts(value) or [None])[0])),
+    "operands keep their own layout": (emitter.Emitter, "widened", _operand_in_its_own_layout),
     "softmax on whatever axis is last": (elementwise, "existing", lambda e, value: emitter.identity(value.rank)),
-    "a convolution drops its dilation": (convolution, "window", lambda n, kernel, sizes: windows.Window(*(lambda w: (w.kernel, w.strides, (1,) * len(w.kernel), w.begin, w.end))(windows.window(n, kernel, sizes)))),
-}  # fmt: skip
+    "a convolution drops its dilation": (convolution, "window", _window_without_dilation),
+}
 HARMLESS = {"softmax on whatever axis is last"}  # a layout is a choice: this one only costs TRANSPOSEs
 
 

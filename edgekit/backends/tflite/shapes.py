@@ -46,7 +46,7 @@ def shapes(model: ir.Model) -> Shapes:
 
 
 def _light(model: ir.Model) -> onnx.ModelProto:
-    """The model with its large weights as mere inputs: inference wants their shapes only, and copies all it is given."""
+    """The model with its large weights as mere inputs: inference wants only their shapes and copies all it gets."""
     proto = M.to_proto(model)
     large = [t for t in proto.graph.initializer if np.prod(t.dims, dtype=np.int64) > _LARGE]
     for tensor in large:
