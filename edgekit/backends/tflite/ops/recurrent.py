@@ -79,6 +79,13 @@ class _Cell:
         size = self.e.constant(np.array([-1, count * self.hidden], np.int32))
         return self.e.op("SLICE", [x, begin, size], (x.shape[0], count * self.hidden), dynamic=x.dynamic)
 
+    def parts(self, x: Tensor) -> list[Tensor]:
+        """Each gate of (batch, gates · hidden)."""
+        count = x.shape[1] // self.hidden
+        made = [Tensor(f"{x.name}/gate{i}", x.dtype, (x.shape[0], self.hidden), x.dynamic) for i in range(count)]
+        self.e.write("SPLIT", [self.e.constant(np.array(1, np.int32)), x], made, numSplits=count)
+        return made
+
     def rows(self, values: Array, first: int, count: int = 1) -> Array:
         """Gates `first` to `first + count` of what has a row per gate and hidden unit."""
         return values[first * self.hidden : (first + count) * self.hidden]
@@ -102,21 +109,12 @@ _State = tuple[Tensor, Tensor | None]
 
 def _lstm(c: _Cell, x: Tensor, h: Tensor | None, memory: Tensor | None) -> _State:
     """ONNX's gates come as input, output, forget, cell; x holds W·x + Wb."""
-    gates = c.recurrent(x, h, 0, 4)
+    let_in, let_out, keep, fresh = c.parts(c.recurrent(x, h, 0, 4))
     gate, squash, out = c.activations
-    fresh = c.one(squash, c.part(gates, 3, 1))
-    if c.peepholes is None:
-        opened = c.one(gate, c.part(gates, 0, 3))
-        let_in, let_out = c.part(opened, 0, 1), c.part(opened, 1, 1)
-        keep = None if memory is None else c.part(opened, 2, 1)
-    else:
-        let_in = c.one(gate, c.peeped(c.part(gates, 0, 1), memory, 0))
-        keep = None if memory is None else c.one(gate, c.peeped(c.part(gates, 2, 1), memory, 2))
-    kept = c.two("MUL", let_in, fresh)
-    if memory is not None and keep is not None:
-        kept = c.two("ADD", c.two("MUL", keep, memory), kept)
-    if c.peepholes is not None:
-        let_out = c.one(gate, c.peeped(c.part(gates, 1, 1), kept, 1))
+    kept = c.two("MUL", c.one(gate, c.peeped(let_in, memory, 0)), c.one(squash, fresh))
+    if memory is not None:
+        kept = c.two("ADD", c.two("MUL", c.one(gate, c.peeped(keep, memory, 2)), memory), kept)
+    let_out = c.one(gate, c.peeped(let_out, kept, 1))
     clipped = replace(c, clip=0.0)  # ONNX clips what goes into the gates, not the memory on its way out
     return c.two("MUL", let_out, clipped.one(out, kept)), kept
 
@@ -125,7 +123,7 @@ def _gru(c: _Cell, x: Tensor, h: Tensor | None, memory: Tensor | None) -> _State
     """ONNX's gates come as update, reset, hidden; the state is new + update · (old − new)."""
     gate, squash = c.activations
     opened = c.one(gate, c.recurrent(c.part(x, 0, 2), h, 0, 2))
-    update, reset = c.part(opened, 0, 1), c.part(opened, 1, 1)
+    update, reset = c.parts(opened)
     sums = c.part(x, 2, 1)
     if c.reset_after and (h is not None or c.rows(c.rb, 2).any()):
         bias = c.row(c.rows(c.rb, 2))
@@ -236,14 +234,21 @@ def _run(
     """The state after each step, by its place in time."""
     inputs = c.dense(x, c.w, c.wb, wide=True)
     line: list[Tensor | None] = [None] * steps
+    rows = _unpacked(c.e, inputs, steps)
     for t in reversed(range(steps)) if backwards else range(steps):
-        begin = c.e.constant(np.array([0, t, 0], np.int32))
-        size = c.e.constant(np.array([-1, 1, -1], np.int32))
-        width = inputs.shape[2]
-        now = c.e.op("SLICE", [inputs, begin, size], (x.shape[0], 1, width), dynamic=x.dynamic) if steps > 1 else inputs
-        h, memory = _STEPS[op](c, c.e.reshape(now, (x.shape[0], width), x.dynamic & {0}), h, memory)
+        h, memory = _STEPS[op](c, rows[t], h, memory)
         line[t] = h
     return [t for t in line if t is not None], memory
+
+
+def _unpacked(e: Emitter, x: Tensor, steps: int) -> list[Tensor]:
+    """(batch, width) of each step of (batch, steps, width)."""
+    batch, _, width = x.shape
+    if steps == 1:
+        return [e.reshape(x, (batch, width), x.dynamic & {0})]
+    made = [Tensor(f"{x.name}/step{t}", x.dtype, (batch, width), x.dynamic & {0}) for t in range(steps)]
+    e.write("UNPACK", [x], made, num=steps, axis=1)
+    return made
 
 
 def _outputs(
@@ -276,8 +281,11 @@ def _named(n: Node, index: int) -> Value | None:
 def _stacked(e: Emitter, line: list[Tensor]) -> Tensor:
     """(batch, steps, 1, hidden)"""
     batch, hidden = line[0].shape
-    rows = [e.reshape(t, (batch, 1, 1, hidden), t.dynamic & {0}) for t in line]
-    return _joined(e, rows, 1) if len(rows) > 1 else rows[0]
+    packed = line[0]
+    if len(line) > 1:
+        shape = (batch, len(line), hidden)
+        packed = e.op("PACK", line, shape, dynamic=packed.dynamic, valuesCount=len(line), axis=1)
+    return e.reshape(packed, (batch, len(line), 1, hidden), packed.dynamic)
 
 
 def _joined(e: Emitter, parts: list[Tensor], axis: int = 2) -> Tensor:
