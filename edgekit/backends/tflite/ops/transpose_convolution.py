@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -141,7 +142,7 @@ def _phases(e: Emitter, n: Node, x: Tensor, data: Array, axes: Sequence[_Axis]) 
     if padding is None:
         x, padding = padded(e, x, w), "VALID"
     shape = (x.shape[0], *(a.steps for a in axes), outputs)
-    options = {"strideH": 1, "strideW": 1, "dilationHFactor": 1, "dilationWFactor": 1}
+    options: dict[str, Any] = {"strideH": 1, "strideW": 1, "dilationHFactor": 1, "dilationWFactor": 1}
     if len(axes) == 3:
         if group != 1:
             raise Refused("a grouped convolution over 3 axes", "LiteRT has none")
