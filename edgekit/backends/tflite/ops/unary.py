@@ -9,7 +9,7 @@ import numpy as np
 
 from edgekit.backends.tflite.emitter import Emitter, identity
 from edgekit.backends.tflite.graph import Layout, Tensor
-from edgekit.backends.tflite.ops.arithmetic import cast, compute, finish, log1p
+from edgekit.backends.tflite.ops.arithmetic import cast, compute, finish, log1p, polynomial
 from edgekit.backends.tflite.ops.elementwise import existing
 from edgekit.backends.tflite.ops.reduce import magnitude
 from edgekit.backends.tflite.values import Node, Refused, Value
@@ -129,16 +129,8 @@ def _atanh(e: Emitter, x: Tensor, n: Node) -> Tensor:
 def _erf(e: Emitter, x: Tensor, n: Node) -> Tensor:
     x = compute(e, "MINIMUM", compute(e, "MAXIMUM", x, -_ERF_LIMIT), _ERF_LIMIT)
     square = compute(e, "MUL", x, x)
-    above, below = _polynomial(e, square, _ERF_P), _polynomial(e, square, _ERF_Q)
+    above, below = polynomial(e, square, _ERF_P), polynomial(e, square, _ERF_Q)
     return compute(e, "DIV", compute(e, "MUL", x, above), below)
-
-
-def _polynomial(e: Emitter, x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
-    """Lowest power first; Horner's scheme."""
-    total = compute(e, "ADD", compute(e, "MUL", x, coefficients[-1]), coefficients[-2])
-    for c in coefficients[-3::-1]:
-        total = compute(e, "ADD", compute(e, "MUL", total, x), c)
-    return total
 
 
 # --- activations ---------------------------------------------------------------------------------------------
@@ -148,7 +140,7 @@ def _gelu(e: Emitter, x: Tensor, n: Node) -> Tensor:
 
 def _softplus(e: Emitter, x: Tensor, n: Node) -> Tensor:
     """max(x, 0) + log1p(exp(-|x|)): no overflow."""
-    tail = log1p(e, compute(e, "EXP", compute(e, "NEG", compute(e, "ABS", x))))
+    tail = log1p(e, compute(e, "EXP", compute(e, "NEG", compute(e, "ABS", x))), bounded=True)
     return compute(e, "ADD", compute(e, "RELU", x), tail)
 
 
