@@ -51,6 +51,7 @@ RULES: Mapping[str, Rule] = {
     "MAX_POOL_2D": _rule("Pool2DOptions", "float32 qint8:2 qint16:3", "float32 qint8"),
     "AVERAGE_POOL_2D": _rule("Pool2DOptions", "float32 qint8:2 qint16:3", "float32"),
     "L2_NORMALIZATION": _rule("L2NormOptions", "float32"),
+    "LOCAL_RESPONSE_NORMALIZATION": _rule("LocalResponseNormalizationOptions", "float32"),
     # elementwise
     "ADD": _rule("AddOptions", "float32 qint8:2 qint16:3 int32 int64:4", "float32 qint8"),
     "SUB": _rule("SubOptions", "float32 qint8:2 qint16:5 int32 int64:4", "float32 qint8"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekit.backends.tflite.emitter import Emitter, channels_last, identity
+from edgekit.backends.tflite.emitter import Emitter, channels_last
 from edgekit.backends.tflite.graph import Array, Layout, Tensor
 from edgekit.backends.tflite.ops.elementwise import existing
 from edgekit.backends.tflite.values import Node, Refused
@@ -37,13 +37,14 @@ def _layer(*, centre: bool) -> Callable[[Emitter, Node], None]:
         if any(v.name and e.readers(v) for v in n.outputs[1:]):
             raise Refused("its mean or deviation is used", "export the model for inference")
         x, out = n.require(0), n.outputs[0]
-        axis = n.int("axis", -1) % x.rank
-        y = standardized(e, e.tensor(x), range(axis, x.rank), n.float("epsilon", 1e-5), centre=centre)
+        layout = existing(e, x)
+        axes = [layout.index(a) for a in range(n.int("axis", -1) % x.rank, x.rank)]
+        y = standardized(e, e.tensor(x, layout), axes, n.float("epsilon", 1e-5), centre=centre)
         rest = [("MUL", n.require(1))] + ([("ADD", b)] if (b := n.input(2)) is not None else [])
         for code, value in rest:
-            y = e.op(code, [y, e.widened(value, identity(x.rank))], y.shape, dynamic=y.dynamic, **_PLAIN)
+            y = e.op(code, [y, e.widened(value, layout)], y.shape, dynamic=y.dynamic, **_PLAIN)
         y.name = out.name
-        e.define(out, y)
+        e.define(out, y, layout)
 
     return run
 
@@ -82,9 +83,29 @@ def _mean_variance(e: Emitter, n: Node) -> None:
     x, out = n.require(0), n.outputs[0]
     layout = existing(e, x)
     axes = [layout.index(a % x.rank) for a in n.ints("axes", (0, 2, 3))]
-    if any(k in e.tensor(x, layout).dynamic for k in axes):
-        raise Refused("it averages over the batch", "fix the batch: --shape INPUT=1,...")
-    e.define(out, standardized(e, e.tensor(x, layout), axes, 1e-9), layout)
+    tensor = e.tensor(x, layout)
+    where = e.constant(np.array(sorted(axes), np.int32))
+    small, grows = [1 if k in axes else s for k, s in enumerate(tensor.shape)], tensor.dynamic
+    dynamic = grows - set(axes)
+    mean = e.op("MEAN", [tensor, where], small, dynamic=dynamic, keepDims=True)
+    square = e.op("SQUARED_DIFFERENCE", [tensor, mean], tensor.shape, dynamic=grows)
+    variance = e.op("MEAN", [square, where], small, dynamic=dynamic, keepDims=True)
+    deviation = e.op("SQRT", [variance], small, dynamic=dynamic)
+    divisor = e.op("ADD", [deviation, e.constant(np.float32(1e-9))], small, dynamic=dynamic, **_PLAIN)
+    centred = e.op("SUB", [tensor, mean], tensor.shape, dynamic=grows, **_PLAIN)
+    e.emit(out, "DIV", [centred, divisor], layout, **_PLAIN)
+
+
+def _local_response(e: Emitter, n: Node) -> None:
+    """x / (bias + alpha/size · sum of squares over `size` channels)^beta; LiteRT's window is as wide on both sides."""
+    x, out, size = n.require(0), n.outputs[0], n.int("size", 1)
+    if x.rank != 4 or size % 2 == 0:
+        raise Refused("an even window, or not four axes", "LiteRT normalizes images over an odd number of channels")
+    layout = channels_last(4)
+    e.emit(
+        out, "LOCAL_RESPONSE_NORMALIZATION", [e.tensor(x, layout)], layout, radius=size // 2, bias=n.float("bias", 1.0),
+        alpha=n.float("alpha", 1e-4) / size, beta=n.float("beta", 0.75),
+    )  # fmt: skip
 
 
 def _lp(e: Emitter, n: Node) -> None:
@@ -112,4 +133,5 @@ LOWERINGS: dict[str, Callable[[Emitter, Node], None]] = {
     "GroupNormalization": _group,
     "MeanVarianceNormalization": _mean_variance,
     "LpNormalization": _lp,
+    "LRN": _local_response,
 }
