@@ -48,11 +48,33 @@ def ints(*values: int) -> Array:
     return np.array(values, np.int64)
 
 
-REDUCTIONS = "Sum Mean Max Min Prod L1 L2 SumSquare LogSumExp".split()
-UNARY = (
-    "Abs Neg Exp Sin Cos Tan Sinh Cosh Atan Asinh Floor Ceil Round Sign Erf Gelu Softplus Softsign Mish Selu Celu "
-    "ThresholdedRelu Reciprocal IsNaN"
-).split()
+REDUCTIONS = ["Sum", "Mean", "Max", "Min", "Prod", "L1", "L2", "SumSquare", "LogSumExp"]
+UNARY = [
+    "Abs",
+    "Neg",
+    "Exp",
+    "Sin",
+    "Cos",
+    "Tan",
+    "Sinh",
+    "Cosh",
+    "Atan",
+    "Asinh",
+    "Floor",
+    "Ceil",
+    "Round",
+    "Sign",
+    "Erf",
+    "Gelu",
+    "Softplus",
+    "Softsign",
+    "Mish",
+    "Selu",
+    "Celu",
+    "ThresholdedRelu",
+    "Reciprocal",
+    "IsNaN",
+]
 PICKED = np.random.default_rng(1)
 CASES: list[tuple[str, str, list[Any], int, dict[str, Any]]] = [
     *(
