@@ -48,3 +48,12 @@ def thread_counts(given: Sequence[str | int]) -> tuple[int | Any, ...]:
         else:
             raise UsageError(f"--threads {value}", f'give a number from 1 to {most} (the cores here) or "all"')
     return tuple(out)
+
+
+def recorded(data: Any, told: Preprocessing | None) -> Preprocessing | None:
+    """The preprocessing that convert or a file's metadata recorded, unless the data come with their own declaration."""
+    from edgekit.preprocessing import find_file
+
+    if told is None or not isinstance(data, str | Path):
+        return None
+    return None if find_file(Path(str(data).partition("#")[0])) is not None else told

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit import artifact, backends
-from edgekit.arguments import names, open_data, thread_counts
+from edgekit.arguments import names, open_data, recorded, thread_counts
 from edgekit.errors import ArtifactError, UnknownTargetError, UsageError
 from edgekit.report.progress import Progress, silent
 from edgekit.target import PRECISIONS, load_target
@@ -53,7 +53,7 @@ def bench(
     from edgekit.bench.run import new_run_id, run_bench
 
     subject = _subject(Path(build), names(targets), [Path(p) for p in beside])
-    dataset = open_data(data, preprocessing or _recorded(data, subject.preprocessing), label_column, labels)
+    dataset = open_data(data, preprocessing or recorded(data, subject.preprocessing), label_column, labels)
     if dataset is not None:
         _check_labels(dataset, subject.signature)
     warnings = _data_warnings(dataset, subject, progress)
@@ -121,8 +121,8 @@ def _subject(build: Path, targets: Sequence[str], beside: Sequence[Path]) -> _Su
         own = [candidates.of_artifact(path, m) for path, m in manifests.items() if m.target == name]
         files = [candidates.of_file(m, label, name, (BESIDE,)) for m, label in zip(models, called, strict=True)]
         entries[name] = [*own, *(candidates.fitted(e, wanted) for e in files)]
-    recorded = None if first.preprocessing is None else Preprocessing.from_json(first.preprocessing)
-    return _Subject(entries, wanted, manifests, recorded, root / RESULTS_FILE)
+    told = None if first.preprocessing is None else Preprocessing.from_json(first.preprocessing)
+    return _Subject(entries, wanted, manifests, told, root / RESULTS_FILE)
 
 
 def report(build: Path | str, *, out: Path | str | None = None, kind: str | None = None) -> str:
@@ -195,15 +195,6 @@ def _profile_threads(name: str, targets_dir: Path | None) -> tuple[int | Any, ..
         return (1, "all")
 
 
-def _recorded(data: Any, recorded: Preprocessing | None) -> Preprocessing | None:
-    """The preprocessing that convert or a file's metadata recorded, unless the data come with their own declaration."""
-    from edgekit.preprocessing import find_file
-
-    if recorded is None or not isinstance(data, str | Path):
-        return None
-    return None if find_file(Path(str(data).partition("#")[0])) is not None else recorded
-
-
 def _check_labels(dataset: Dataset, sig: Signature) -> None:
     """Class labels must be of the model's classes, and of more than one. Raises LabelError."""
     from edgekit.binding import output_classes
@@ -231,13 +222,13 @@ def _data_warnings(dataset: Dataset | None, subject: _Subject, progress: Progres
         shared = len(set(calibration["sample_ids"]) & set(dataset.bind(subject.signature).sample_ids()))
         if shared:
             out.append(f"{shared} of the {dataset.samples} test samples were also used for calibration")
-    recorded = subject.preprocessing
-    if recorded is not None and recorded.to_json() != dataset.preprocessing.to_json():
-        than = "the calibration data" if subject.manifests else f"the file's metadata say ({recorded.describe()})"
+    told = subject.preprocessing
+    if told is not None and told.to_json() != dataset.preprocessing.to_json():
+        than = "the calibration data" if subject.manifests else f"the file's metadata say ({told.describe()})"
         joint = "from" if subject.manifests else "than"
         out.append(f"the test data are prepared differently ({dataset.preprocessing.describe()}) {joint} {than}")
-    told = _probe(dataset, subject.manifests, progress)
-    return [*out, told] if told else out
+    better = _probe(dataset, subject.manifests, progress)
+    return [*out, better] if better else out
 
 
 def _probe(dataset: Dataset, manifests: Mapping[Path, artifact.Manifest], progress: Progress) -> str | None:

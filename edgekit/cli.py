@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgekit import __version__
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, RegressionError
 
 if TYPE_CHECKING:
     from edgekit.preprocessing import Preprocessing
@@ -222,6 +222,40 @@ def bench(as_json: bool, **given: Any) -> None:
     from edgekit.report.terminal import print_document
 
     print_document(document)
+
+
+@main.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option("--data", help="Test data, with labels if you have them.")
+@click.option("--samples", type=click.IntRange(1), help="Use at most this many samples (a seeded choice).")
+@click.option("--max-accuracy-drop", type=click.FloatRange(0, 1), help="Fail if B loses more than this.")
+@click.option(
+    "--max-slowdown",
+    type=click.FloatRange(0, min_open=True),
+    metavar="R",
+    help="Fail if B takes more than R × A's time.",
+)
+@click.option("--quick", is_flag=True, help="Fewer runs; every number is marked so.")
+@click.option("--threads", "threads", multiple=True, default=("1",), show_default=True, metavar="N|all")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@_data_options
+@_json_option
+def compare(as_json: bool, **given: Any) -> None:
+    """Compare B with A, each a .tflite or an artifact folder; exit code 1 where B exceeds a limit."""
+    from edgekit import pipeline
+    from edgekit.report.progress import progress_bar
+
+    with progress_bar(enabled=True) as progress:
+        document = pipeline.compare(given.pop("a"), given.pop("b"), progress=progress, **_data_arguments(given))
+    if as_json:
+        _emit(document)
+    else:
+        from edgekit.report.terminal import print_comparison
+
+        print_comparison(document)
+    if document["regressions"]:
+        raise RegressionError("; ".join(document["regressions"]), "keep A, or raise the limit")
 
 
 @main.command()

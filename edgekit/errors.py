@@ -138,6 +138,13 @@ class ArtifactError(EdgekitError):
     exit_code = 52
 
 
+# --- judging ---------------------------------------------------------------------------------------
+class RegressionError(EdgekitError):
+    """A comparison found more loss than was allowed."""
+
+    exit_code = 1
+
+
 # --- running ---------------------------------------------------------------------------------------
 class WorkerError(EdgekitError):
     """A measuring process died, hung or reported a failure of its runtime."""

@@ -1,4 +1,4 @@
-"""The straight line as functions: load, convert, bench, report, inspect; for the command line and Python."""
+"""The straight line as functions: load, convert, bench, compare, report, inspect; for the command line and Python."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from edgekit import artifact, backends
 from edgekit.arguments import names, open_data
 from edgekit.benching import bench, latest_document, report
+from edgekit.compare import compare
 from edgekit.errors import (
     ConversionMismatchError,
     MissingExtraError,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from edgekit.sources import Source
     from edgekit.stages import Conversion
 
-__all__ = ["bench", "convert", "inspect", "latest_document", "load", "report"]
+__all__ = ["bench", "compare", "convert", "inspect", "latest_document", "load", "report"]
 
 CONVERT_SCHEMA = 1  # 1: first
 

@@ -67,8 +67,8 @@ def name(row: Row) -> str:
     return row.get("label") or f"{row['backend']}-{row['precision']}"
 
 
-def quality_problem(row: Row, reference: Row | None, budget: float) -> str | None:
-    """Why this candidate does not keep the float reference's quality, or None when it was shown to."""
+def quality_problem(row: Row, reference: Row | None, budget: float, than: str = "float") -> str | None:
+    """Why this candidate does not keep the reference's quality, or None when it was shown to. than: its name."""
     own, float_ = row.get("quality") or {}, (reference or {}).get("quality") or {}
     for key, label in (("accuracy", "accuracy"), ("r2", "R²")):
         a, b = float_.get(key), own.get(key)
@@ -78,29 +78,29 @@ def quality_problem(row: Row, reference: Row | None, budget: float) -> str | Non
             return f"loses {_points(a - b, key)} of {label}, more than the {_points(budget, key)} allowed"
     disagrees = None
     if own.get("agreement_with_float") is not None:
-        disagrees = _agreement_problem(own["agreement_with_float"], budget)
+        disagrees = _agreement_problem(own["agreement_with_float"], budget, than)
         if disagrees is None or own.get("task") != "unknown scores":
             return disagrees
-    distant = _distance_problem(own, budget)
+    distant = _distance_problem(own, budget, than)
     return None if distant is None else " and ".join(filter(None, (disagrees, distant)))
 
 
-def _agreement_problem(agreement: float, budget: float) -> str | None:
+def _agreement_problem(agreement: float, budget: float, than: str) -> str | None:
     floor = 1 - AGREEMENT_PER_DROP * budget
     if agreement >= floor - 1e-9:
         return None
-    return f"agrees with float on only {100 * agreement:.1f} % of the samples, less than {100 * floor:.1f} %"
+    return f"agrees with {than} on only {100 * agreement:.1f} % of the samples, less than {100 * floor:.1f} %"
 
 
-def _distance_problem(own: Mapping[str, Any], budget: float) -> str | None:
+def _distance_problem(own: Mapping[str, Any], budget: float, than: str) -> str | None:
     error = own.get("max_abs_err")
     if error is None:
-        return "was not compared with float (pass --data)"
+        return f"was not compared with {than} (pass --data)"
     sqnr = own.get("sqnr_db")
     floor_db = -10 * math.log10(budget) if budget > 0 else math.inf
     if error == 0 or (sqnr is not None and sqnr >= floor_db):
         return None
-    return f"is too far from float: SQNR {'unknown' if sqnr is None else f'{sqnr:.1f} dB'}, below {floor_db:.1f} dB"
+    return f"is too far from {than}: SQNR {'unknown' if sqnr is None else f'{sqnr:.1f} dB'}, below {floor_db:.1f} dB"
 
 
 def _speed_problem(row: Row) -> str | None:

@@ -19,7 +19,7 @@ MINUS = "−"
 Document = Mapping[str, Any]
 
 # The figure that stands for quality, first found wins; its heading, and the factor and digits it is shown with.
-_QUALITY = (
+QUALITY = (
     ("accuracy", "accuracy", 100, 2),
     ("r2", "R²", 1, 4),
     ("perplexity", "perplexity", 1, 3),
@@ -113,10 +113,10 @@ def lines(document: Document, target: str) -> list[Line]:
 
 
 def _quality_figure(rows: list[Mapping[str, Any]]) -> tuple[str, str, int, int]:
-    for figure in _QUALITY:
+    for figure in QUALITY:
         if any((row.get("quality") or {}).get(figure[0]) is not None for row in rows):
             return figure
-    return _QUALITY[0]
+    return QUALITY[0]
 
 
 def _line(

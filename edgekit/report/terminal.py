@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from edgekit.report import summary
+from edgekit.report import comparison, summary
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,6 +100,21 @@ def print_convert(result: Mapping[str, Any], out: Console | None = None) -> None
         )
     _list(out, (f"warning: {w}" for w in result.get("warnings", ())), "yellow")
     out.print(f"{result['build']}", soft_wrap=True)
+
+
+def print_comparison(document: Mapping[str, Any], out: Console | None = None) -> None:
+    """What `compare` found: the two side by side, then the differences."""
+    out = out or console()
+    table = _table()
+    for column in ("", "A", "B", "B against A"):
+        table.add_column(column, overflow="fold", justify="left" if not column else "right")
+    for cells in comparison.lines(document):
+        table.add_row(*cells)
+    out.print(table)
+    _list(out, comparison.remarks(document), "dim")
+    _list(out, (f"warning: {w}" for w in summary.warnings(document)), "yellow")
+    _list(out, (f"regression: {text}" for text in document["regressions"]), "bold red")
+    out.print(f"measured on {summary.machine(document)}; test data: {summary.dataset(document)}", style="dim")
 
 
 def print_inspection(document: Mapping[str, Any], *, layers: bool = False, out: Console | None = None) -> None:
