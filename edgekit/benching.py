@@ -119,7 +119,7 @@ def _subject(build: Path, targets: Sequence[str], beside: Sequence[Path]) -> _Su
     entries = {}
     for name in dict.fromkeys(m.target for m in manifests.values()):
         own = [candidates.of_artifact(path, m) for path, m in manifests.items() if m.target == name]
-        files = [candidates.of_file(m, label, name, (BESIDE,)) for m, label in zip(models, called, strict=True)]
+        files = [candidates.of_file(m, label, name, BESIDE) for m, label in zip(models, called, strict=True)]
         entries[name] = [*own, *(candidates.fitted(e, wanted) for e in files)]
     told = None if first.preprocessing is None else Preprocessing.from_json(first.preprocessing)
     return _Subject(entries, wanted, manifests, told, root / RESULTS_FILE)

@@ -47,8 +47,8 @@ def _proved_elsewhere(manifest: artifact.Manifest) -> bool:
     return bits == 8 and (manifest.parity or {}).get("saturates") is False
 
 
-def of_file(model: Model, label: str, target: str, notes: tuple[str, ...] = ()) -> Entry:
-    """A .tflite of any origin, as it is."""
+def of_file(model: Model, label: str, target: str, role: str = "") -> Entry:
+    """A .tflite of any origin, as it is. role: what it is measured for, if that needs saying."""
     from edgekit.inspection_precision import numbers
     from edgekit.sources.tflite import signature
 
@@ -62,7 +62,7 @@ def of_file(model: Model, label: str, target: str, notes: tuple[str, ...] = ()) 
         sha256=artifact.digest_file(model.path),
         size_bytes=model.size_bytes,
         signature=signature(model),
-        notes=(*notes, told.words),
+        notes=(f"{role}: {told.words}" if role else told.words,),
         label=label,
     )
 

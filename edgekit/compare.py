@@ -44,8 +44,8 @@ def compare(
 
     data: test data; without it outputs are compared on seeded random inputs.
     max_accuracy_drop: how much of its accuracy (or R²) `b` may lose, 0 to 1; without labels, the agreement or SQNR that
-    goes with it, as in `bench`. max_slowdown: how many times the time of `a` it may take; it is exceeded where the whole
-    95 % interval lies above it.
+    goes with it, as in `bench`. max_slowdown: how many times the time of `a` it may take; exceeded where the whole 95 %
+    interval lies above it.
     Returns {schema, a, b, size_ratio, latency [{threads, ratio, ci95}], score, score_difference, agreement, sqnr_db,
     max_difference, limits, regressions, dataset, settings, machine, warnings}; ratios are b over a. `regressions` is
     empty, or says what exceeds a limit. Raises WorkerError if one of the two does not run.
