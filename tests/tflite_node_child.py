@@ -60,7 +60,7 @@ def modern(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def variants(case: Case) -> Iterator[tuple[onnx.ModelProto, list[tuple[list[Array], list[Array]]]]]:
-    """The case as it is; then with its later integer inputs as weights (axes, shapes); then all but the first."""
+    """The case as it is; then with its later integer inputs as weights (axes, shapes), then with all but the first."""
     proto = modern(onnx.ModelProto.FromString(case.model))
     yield proto, case.data
     inputs, outputs = case.data[0]
@@ -153,7 +153,7 @@ def outcome(
 
 
 def judge(case: Case) -> tuple[str, str]:
-    """The best of the variants, but a wrong one or a crashed one counts whatever the others do."""
+    """Wrong or crashed if any variant is; else right if any is; else refused with the last variant's reason."""
     best = ("refused", "")
     for proto, data in variants(case):
         try:
@@ -162,9 +162,7 @@ def judge(case: Case) -> tuple[str, str]:
             return "crashed", f"{type(error).__name__}: {error}"
         if found[0] == "wrong":
             return found
-        if found[0] == "right":  # the other variants fix more of the same graph
-            return found
-        best = best if best[1] else found
+        best = best if best[0] == "right" else found
     return best
 
 

@@ -13,7 +13,7 @@ from edgekit.backends.tflite.graph import Graph, Quant, Tensor
 from edgekit.backends.tflite.ops import LOWERINGS
 from edgekit.backends.tflite.peephole import clean
 from edgekit.backends.tflite.prepare import Prepared, prepare
-from edgekit.backends.tflite.rules import INT8_FORM
+from edgekit.backends.tflite.rules import INT8_FORM, NO_FORM
 from edgekit.backends.tflite.values import Node, Refused, Value
 from edgekit.backends.tflite.wider import lower_in_some_type
 
@@ -85,7 +85,8 @@ class _Walk:
     def _node(self, node: Node) -> None:
         lowering = LOWERINGS.get(node.op)
         if lowering is None:
-            raise Refused(f"{node.op} has no form in LiteRT yet", "replace it, or leave the tflite backend out")
+            default = (f"LiteRT has no {node.op}", "replace it by simpler operators, or leave the tflite backend out")
+            raise Refused(*NO_FORM.get(node.op, default))
         reads = [v for v in node.inputs if v is not None and v.quant is not None]
         writes = [v for v in node.outputs if v.quant is not None]
         if not reads and not writes:

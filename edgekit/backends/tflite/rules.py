@@ -130,7 +130,7 @@ RULES: Mapping[str, Rule] = {
     "PACK": _rule("PackOptions", "float32 qint8:2 int32 int64"),
     "UNPACK": _rule("UnpackOptions", "float32 qint8:2 int32 int64"),
     "REVERSE_SEQUENCE": _rule("ReverseSequenceOptions", "float32 int16 int32 int64 uint8"),
-    "REVERSE_V2": _rule("ReverseV2Options", "float32 int32 int64 bool:2"),
+    "REVERSE_V2": _rule("ReverseV2Options", "float32 qint8:3 int32 int64 bool:2"),
     "DEPTH_TO_SPACE": _rule("DepthToSpaceOptions", "float32 qint8:2 int32 int64", "float32 qint8"),
     "SPACE_TO_DEPTH": _rule("SpaceToDepthOptions", "float32 qint8:2 int32 int64"),
     "RESIZE_BILINEAR": _rule("ResizeBilinearOptions", "float32:3 qint8:3", "float32 qint8"),
@@ -155,11 +155,32 @@ RULES: Mapping[str, Rule] = {
     # recurrence
     "UNIDIRECTIONAL_SEQUENCE_LSTM": _rule("UnidirectionalSequenceLSTMOptions", "float32"),
     # types
-    "QUANTIZE": _rule("QuantizeOptions", "float32 qint8:2 qint16:3", "float32"),
+    "QUANTIZE": _rule("QuantizeOptions", "float32 qint8:2 qint16:3", "float32 qint8"),
     "DEQUANTIZE": _rule("DequantizeOptions", "qint8:2 qint16:3 float16:3", "qint8"),
 }
 
 # ONNX operators with an int8 form in LiteRT; all others are computed in float between DEQUANTIZE and QUANTIZE
-INT8_FORM = INTEGER | {"PRelu", "Gelu", "QuantizeLinear"}
+INT8_FORM = INTEGER | {"PRelu", "Gelu", "QuantizeLinear", "ArgMax", "ArgMin"}
+# ONNX operators that LiteRT has no counterpart of: (why, what the user can do)
+_FLOAT_MODEL = (
+    "it is quantized in a form that LiteRT does not have",
+    "give edgekit the float model: it quantizes itself",
+)
+_FIXED_GRAPH = ("it decides at run time what is computed", "export the model with a fixed structure")
+_RANDOM = ("it draws random numbers", "export the model for inference")
+_NUMBERS = ("LiteRT holds tensors of numbers only", "do it outside of the model")
+_DATA = ("the shape of its result depends on the data", "do it after the model, outside of it")
+NO_FORM: Mapping[str, tuple[str, str]] = {
+    **dict.fromkeys(("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"), _FLOAT_MODEL),
+    "DynamicQuantizeLinear": _FLOAT_MODEL,
+    **dict.fromkeys(("If", "Loop", "Scan"), _FIXED_GRAPH),
+    **dict.fromkeys(("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"), _RANDOM),
+    **dict.fromkeys(("Bernoulli", "Multinomial"), _RANDOM),
+    **dict.fromkeys(("StringConcat", "StringSplit", "StringNormalizer", "RegexFullMatch", "TfIdfVectorizer"), _NUMBERS),
+    **dict.fromkeys(("SequenceAt", "SequenceMap", "OptionalGetElement", "ImageDecoder"), _NUMBERS),
+    **dict.fromkeys(("NonZero", "NonMaxSuppression", "Unique"), _DATA),
+}
 # XNNPACK's int8 ADD, SUB and MUL refuse input/output scale ratios outside [2^-10, 2^8): xnnpack_delegate.cc
 XNNPACK_SCALE_RATIO = (2.0**-10, 2.0**8)
+# and its factors of one tensor (QUANTIZE from int8, LEAKY_RELU) lie in [2^-8, 2^7)
+XNNPACK_FACTOR = (2.0**-8, 2.0**7)

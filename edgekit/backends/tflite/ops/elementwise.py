@@ -54,6 +54,20 @@ def _fold(e: Emitter, n: Node, code: str) -> None:
             result = e.op(code, [result, other], shape, **options)
 
 
+def _mean(e: Emitter, n: Node) -> None:
+    """The sum of the operands, divided by their number."""
+    out = n.outputs[0]
+    values = [v for v in n.inputs if v is not None]
+    layout, tensors = e.aligned(values, out.rank)
+    total = tensors[0]
+    for other in tensors[1:]:
+        shape = np.broadcast_shapes(total.shape, other.shape)
+        dynamic = {len(shape) - len(t.shape) + k for t in (total, other) for k in t.dynamic}
+        total = e.op("ADD", [total, other], shape, dynamic=dynamic, fusedActivationFunction="NONE")
+    count = e.constant(np.array(len(values), out.dtype))
+    e.emit(out, "DIV", [total, count], layout, fusedActivationFunction="NONE")
+
+
 def _fuses(x: Tensor, code: str, activation: str) -> bool:
     """LiteRT's integer arithmetic without a scale has no fused activation."""
     return activation == "NONE" or x.dtype == np.float32 or x.quant is not None or code in _NO_ACTIVATION
@@ -259,6 +273,7 @@ LOWERINGS: dict[str, Callable[[Emitter, Node], None]] = {
     "Mul": _binary("MUL"),
     "Div": _binary("DIV"),
     "Sum": _binary("ADD"),
+    "Mean": _mean,
     "Max": _binary("MAXIMUM"),
     "Min": _binary("MINIMUM"),
     "Relu": _relu,

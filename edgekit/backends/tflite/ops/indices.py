@@ -219,10 +219,6 @@ def _reverse_sequence(e: Emitter, n: Node) -> None:
     e.emit(n.outputs[0], "REVERSE_SEQUENCE", inputs, layout, seqDim=time, batchDim=batch)
 
 
-def _data_dependent(e: Emitter, n: Node) -> None:
-    raise Refused("the shape of its result depends on the data", "do it after the model, outside of it")
-
-
 LOWERINGS: dict[str, Callable[[Emitter, Node], None]] = {
     "Gather": _gather,
     "GatherElements": _gather_elements,
@@ -234,5 +230,4 @@ LOWERINGS: dict[str, Callable[[Emitter, Node], None]] = {
     "EyeLike": _eye_like,
     "Compress": _compress,
     "ReverseSequence": _reverse_sequence,
-    **dict.fromkeys(("NonZero", "NonMaxSuppression", "Unique"), _data_dependent),
 }

@@ -189,8 +189,8 @@ def _unnamed_size(n: Node) -> int:
 def _cut(e: Emitter, x: Tensor, out: Value, layout: Layout, begin: Sequence[int]) -> None:
     """SLICE of x from `begin`, all of an axis that grows with the batch."""
     made = e.blank(out, layout)
-    if 0 in made.shape:
-        raise Refused("its result is empty")
+    if 0 in made.shape and not made.dynamic:
+        return e.define(out, e.constant(np.zeros(made.shape, made.dtype), quant=made.quant), layout)
     if made.shape == x.shape and not any(begin):
         return e.define(out, x, layout)
     sizes = [-1 if k in made.dynamic else s for k, s in enumerate(made.shape)]

@@ -138,7 +138,8 @@ def _arg(code: str) -> Callable[[Emitter, Node], None]:
         if last:
             if axis in x.dynamic:
                 raise Refused("it picks the last of equals along the batch", _BATCH)
-            tensor = e.op("REVERSE_V2", [tensor, e.constant([where])], tensor.shape, dynamic=tensor.dynamic)
+            turned = [tensor, e.constant([where])]
+            tensor = e.op("REVERSE_V2", turned, tensor.shape, quant=tensor.quant, dynamic=tensor.dynamic)
         rest = [a for a in layout if a != axis]
         shape = [x.shape[a] for a in rest]
         grows = [k for k, a in enumerate(rest) if a in x.dynamic]
