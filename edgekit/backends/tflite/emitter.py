@@ -7,6 +7,7 @@ where an operator needs a value in a layout that nobody has made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -215,6 +216,7 @@ class Emitter:
 
         The layout that needs the fewest TRANSPOSEs. An operand of lower rank is seen with leading axes of size 1.
         """
+        values = [_row(v, values, rank) for v in values]
         choices: list[Layout] = []
         for value in values:
             if value.rank == rank:
@@ -294,6 +296,16 @@ def _first(array: Any) -> Any:
             return 0
         array = array[0]
     return array
+
+
+def _row(value: Value, others: Sequence[Value], rank: int) -> Value:
+    """A constant that is repeated for each sample needs no repeating beside an operand that has the samples."""
+    grows = {a - value.rank for a in value.dynamic}
+    if value.data is None or not grows:
+        return value
+    if any(o.data is None and grows <= {a - o.rank for a in o.dynamic} for o in others):
+        return replace(value, dynamic=frozenset())
+    return value
 
 
 def _squeezed(array: Array) -> Array:

@@ -14,6 +14,7 @@ from edgekit.backends.tflite.ops import LOWERINGS
 from edgekit.backends.tflite.peephole import clean
 from edgekit.backends.tflite.prepare import Prepared, prepare
 from edgekit.backends.tflite.rules import INT8_FORM, NO_FORM
+from edgekit.backends.tflite.unroll import unroll
 from edgekit.backends.tflite.values import Node, Refused, Value
 from edgekit.backends.tflite.wider import lower_in_some_type
 
@@ -47,7 +48,7 @@ def lower(model: ir.Model, io: str = "float32") -> Lowered:
 
     io: "int8" makes quantized inputs and outputs int8 tensors instead of float32 ones.
     """
-    return _Walk(prepare(expand(model, LOWERINGS)), io).run()
+    return _Walk(prepare(expand(unroll(model), LOWERINGS)), io).run()
 
 
 class _Walk:
