@@ -21,6 +21,7 @@ from edgekit.sources.tflite import NO_TENSOR, Model, Operator, Subgraph, Tensor,
 BACKEND = "tflite"
 # Custom operators whose kernels come with the LiteRT interpreter: tensorflow/lite/kernels/register.cc
 _OWN_CUSTOM = frozenset({"NumericVerify", "Mfcc", "AudioSpectrogram", "TFLite_Detection_PostProcess"})
+_MOST_READ = 4  # inputs that the checks look at
 _VIEWS = frozenset({"RESHAPE", "SQUEEZE", "EXPAND_DIMS"})
 # They multiply and accumulate, in a way that is not counted here.
 _UNCOUNTED = frozenset({
@@ -126,13 +127,18 @@ def _layer(operator: Operator, graph: Subgraph, seen: set[int]) -> Layer:
     seen.update(own)
     out = graph.tensors[operator.outputs[0]] if operator.outputs else None
     return Layer(
-        name=out.name if out is not None else operator.name,
+        name=_name(operator, graph),
         op=operator.name,
         shape=out.shape if out is not None else None,
         macs=macs(operator, graph),
         parameters=sum(t.elements for t in own.values() if _learned(t)),
         weight_bytes=sum(t.size_bytes for t in own.values()),
     )
+
+
+def _name(operator: Operator, graph: Subgraph) -> str:
+    """Operators have none: that of what they make."""
+    return graph.tensors[operator.outputs[0]].name if operator.outputs else operator.name
 
 
 def _learned(tensor: Tensor) -> bool:
@@ -191,8 +197,9 @@ def activation_peak(graph: Subgraph) -> tuple[int | None, str]:
     steps = []
     for o in graph.operators:
         reads, writes = computed(o.inputs), computed(o.outputs)
-        name = graph.tensors[o.outputs[0]].name if o.outputs else o.name
-        steps.append(Step(name, reads, writes, o.name in _VIEWS and reads[:1] == o.inputs[:1] and bool(writes)))
+        steps.append(
+            Step(_name(o, graph), reads, writes, o.name in _VIEWS and reads[:1] == o.inputs[:1] and bool(writes))
+        )
     sizes = {i: t.nbytes for i, t in enumerate(graph.tensors) if t.nbytes is not None}
     states = [i for i, t in enumerate(graph.tensors) if t.variable]
     most, at = peak(steps, computed((*graph.inputs, *states)), computed((*graph.outputs, *states)), sizes)
@@ -204,30 +211,40 @@ def activation_peak(graph: Subgraph) -> tuple[int | None, str]:
 
 def own_kernels(model: Model) -> dict[str, int]:
     """Operators that XNNPACK does not take in the numbers they compute in: LiteRT's own, slower kernels run them."""
-    found = Counter(
-        o.name
-        for g in model.subgraphs
-        for o in g.operators
-        if o.name not in check.FREE and not (o.name in RULES and check.delegated(_written(o, g, model)))
-    )
+    found = Counter(o.name for g in model.subgraphs for o in g.operators if not _taken(o, g, model))
     return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _taken(operator: Operator, graph: Subgraph, model: Model) -> bool:
+    """By XNNPACK, or at no cost by whoever runs it."""
+    if operator.name in check.FREE:
+        return True
+    seen = _written(operator, graph, model)
+    return operator.name in RULES and bool(seen.outputs) and check.delegated(seen)
 
 
 def _notes(model: Model) -> list[str]:
     """What a user should know of sums that could leave int32."""
     graph = main(model)
-    wide = [graph.tensors[o.outputs[0]].name for o in graph.operators if check.overflows(_written(o, graph, model))]
+    wide = [_name(o, graph) for o in graph.operators if _overflows(_written(o, graph, model))]
     if not wide:
         return []
     return [f"sums of {len(wide)} layer(s) could leave int32 on some input and wrap: '{wide[0]}'"]
 
 
+def _overflows(operator: written.Operator) -> bool:
+    try:
+        return check.overflows(operator)
+    except (ValueError, IndexError):  # weights and bias do not fit each other: LiteRT refuses such a file
+        return False
+
+
 def _written(operator: Operator, graph: Subgraph, model: Model) -> written.Operator:
-    """In the form that edgekit's own lowering checks."""
-    tensors = [None if i == NO_TENSOR else _tensor(graph.tensors[i], model) for i in operator.inputs]
-    return written.Operator(
-        operator.name, tensors, [_tensor(graph.tensors[i], model) for i in operator.outputs], operator.options
-    )
+    """In the form that edgekit's own lowering checks; inputs that are left out at the end are None there."""
+    inputs = [None if i == NO_TENSOR else _tensor(graph.tensors[i], model) for i in operator.inputs]
+    inputs += [None] * (_MOST_READ - len(inputs))
+    outputs = [_tensor(graph.tensors[i], model) for i in operator.outputs if i != NO_TENSOR]
+    return written.Operator(operator.name, inputs, outputs, operator.options)
 
 
 def _tensor(tensor: Tensor, model: Model) -> written.Tensor:

@@ -161,10 +161,11 @@ def read(path: Path) -> Model:
 
     content = _map(path)
     if content[4:8] != IDENTIFIER:
-        held = (
-            "a Git LFS pointer; run `git lfs pull`" if content[:23] == b"version https://git-lfs" else "something else"
+        pointer = content[:23] == b"version https://git-lfs"
+        held = "a Git LFS pointer" if pointer else "something else"
+        raise ModelFileError(
+            f"'{path}' holds {held}, no TFLite model", "run `git lfs pull`" if pointer else "check the path"
         )
-        raise ModelFileError(f"'{path}' is no .tflite: it holds {held}", "check the path")
     try:
         from ai_edge_litert import schema_py_generated as schema  # type: ignore[import-untyped,unused-ignore]
     except ImportError as error:
