@@ -7,11 +7,13 @@ from collections import Counter
 import numpy as np
 
 from edgekit.backends.tflite.graph import Graph, Operator
-from edgekit.backends.tflite.rules import RULES, XNNPACK_SCALE_RATIO
+from edgekit.backends.tflite.rules import RULES, XNNPACK_FACTOR, XNNPACK_SCALE_RATIO
 
 _SUMS = {"CONV_2D": 0, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 0, "TRANSPOSE_CONV": 0}
 _INPUT = {"TRANSPOSE_CONV": 2}
 _MOST = 2**31
+# operators that XNNPACK takes only where their scales are not too far apart
+_BOUNDED = frozenset({"ADD", "SUB", "MUL", "QUANTIZE", "LEAKY_RELU"})
 # of no cost, whoever runs them
 FREE = frozenset({"RESHAPE", "QUANTIZE", "DEQUANTIZE", "SHAPE", "EXPAND_DIMS", "SQUEEZE"})
 
@@ -37,9 +39,13 @@ def delegated(operator: Operator) -> bool:
     if decides is None or decides.kind not in rule.xnnpack or _left_over(operator):
         return False
     out = operator.outputs[0]
-    if decides.quant is None or out.quant is None or operator.code not in ("ADD", "SUB", "MUL"):
+    if decides.quant is None or out.quant is None or operator.code not in _BOUNDED:
         return True
     low, high = XNNPACK_SCALE_RATIO
+    if operator.code in ("QUANTIZE", "LEAKY_RELU"):
+        ratio = decides.quant.scale / out.quant.scale
+        slopes = [1.0, abs(operator.options["alpha"])] if operator.code == "LEAKY_RELU" else [1.0]
+        return all(XNNPACK_FACTOR[0] <= ratio * slope < XNNPACK_FACTOR[1] for slope in slopes)
     scales = [t.quant.scale for t in operator.inputs if t is not None and t.quant is not None]
     ratios = [np.prod(scales) / out.quant.scale] if operator.code == "MUL" else [s / out.quant.scale for s in scales]
     return all(low <= r < high for r in ratios)

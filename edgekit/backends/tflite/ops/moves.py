@@ -108,11 +108,17 @@ def _carried(x: Value, out: Value, groups: Sequence[_Group], layout: Layout) -> 
 
 
 def _with_ones(wanted: Sequence[int], rank: int) -> Layout:
-    """Axes of size 1 join where they do least harm: in ONNX's order, or before the channels of a channels-last one."""
-    rest = [a for a in range(rank) if a not in wanted]
+    """Axes of size 1 join where they do least harm: in ONNX's order, or before the axis that they stand before in it.
+
+    So a channels-last tensor stays one, and an axis that is then repeated lies where it will be merged.
+    """
     if list(wanted) == sorted(wanted):
         return identity(rank)
-    return (*wanted[:-1], *rest, *wanted[-1:])
+    out = list(wanted)
+    for axis in reversed(range(rank)):
+        if axis not in out:
+            out.insert(out.index(axis + 1) if axis + 1 in out else len(out) - 1, axis)
+    return tuple(out)
 
 
 def _contiguous(x: Value, groups: Sequence[_Group], layout: Layout) -> Layout:
