@@ -2,8 +2,9 @@
 
     EDGEKIT_KERAS_PYTHON=/path/to/python EDGEKIT_ZOO=/path/to/zoo python benchmarks/tflite_peers.py [NAME ...]
 
-Claims, by name: files at most 2 % larger; p50 at most 1.03 of the peer's, measured in turns in one run, one thread;
-no TRANSPOSE; lowering in at most 2 s and in memory of 5 times the model's size (and 16 MB for Python). Prints a table, exits 1 on a broken claim.
+Claims, by name: float32 within 1e-5 of ONNX Runtime, relative to the largest output; files at most 2 % larger; p50 at
+most 1.03 of the peer's, measured in turns in one run, one thread; no TRANSPOSE; lowering in at most 2 s and in memory
+of 5 times the model's size (and 16 MB for Python). Prints a table, exits 1 on a broken claim.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from edgekit.bench.statistics import ratio_of_medians
 
 NETWORKS = ("MobileNet", "MobileNetV2", "MobileNetV3Small", "EfficientNetB0", "ResNet50", "DenseNet121")
 ZOO = {"mobilenet_v2_cifar": "mobilenet_v2_cifar.keras", "mlp_784_mnist": "mlp_784_mnist.keras"}
-SIZE, SPEED, SECONDS, MEMORY = 1.02, 1.03, 2.0, 5.0
+ERROR, SIZE, SPEED, SECONDS, MEMORY = 1e-5, 1.02, 1.03, 2.0, 5.0
 OVERHEAD = 16 << 20  # bytes: modules imported on the way, which a small model must not be blamed for
 KERAS = Path(__file__).with_name("tflite_peers_keras.py")
 
@@ -71,6 +72,15 @@ def lowering(model: Path, folder: Path, precision: str) -> tuple[float, float]:
     )
     seconds, extra = (float(v) for v in done.stdout.split()[-2:])
     return seconds, max(0.0, extra - OVERHEAD) / model.stat().st_size
+
+
+def error(model: ir.Model, folder: Path, feeds: M.Tensors) -> float:
+    """Largest difference from ONNX Runtime, unoptimized, over the largest value of each output."""
+    with Worker(local_command(backends.get("tflite").RUNNER, folder, 1), "ours", env=thread_environment(1)) as worker:
+        worker.load()
+        got = worker.infer(feeds)
+    want = M.FloatSession(model, optimize=False).run(feeds)
+    return max(M.difference(want[k], got[k]) for k in want)
 
 
 def race(ours: Path, theirs: Path, feeds: M.Tensors, seconds: float) -> Any:
@@ -133,7 +143,8 @@ def compare(name: str, folder: Path, seconds: float) -> list[dict[str, Any]]:
             {
                 "model": name, "precision": precision, "import_s": imported, "lower_s": took, "memory": memory,
                 "peer_s": facts[precision]["seconds"], "size": file.stat().st_size / facts[precision]["bytes"],
-                "speed": ratio, "transposes": _operators(file).count("TRANSPOSE"),
+                "error": error(model, ours, feeds) if precision == "float32" else None, "speed": ratio,
+                "transposes": _operators(file).count("TRANSPOSE"),
             }
         )  # fmt: skip
     return rows
@@ -142,6 +153,8 @@ def compare(name: str, folder: Path, seconds: float) -> list[dict[str, Any]]:
 def broken(row: dict[str, Any]) -> list[str]:
     """The claims that a row does not hold; speed only where the whole interval is above the bound."""
     out = []
+    if row["error"] is not None and row["error"] > ERROR:
+        out.append(f"error {row['error']:.1e}")
     if row["size"] > SIZE:
         out.append(f"size {row['size']:.3f}")
     if row["speed"].low > SPEED:
@@ -163,7 +176,8 @@ def main() -> int:
     if "EDGEKIT_KERAS_PYTHON" not in os.environ:
         raise SystemExit("needs EDGEKIT_KERAS_PYTHON: a Python with tensorflow, keras and tf2onnx")
     print(
-        f"{'model':<20} {'precision':<9} {'size':>6} {'p50':>6} {'95 %':>14} {'lower s':>8} {'peer s':>7} {'memory':>7}"
+        f"{'model':<20} {'precision':<9} {'error':>8} {'size':>6} {'p50':>6} {'95 %':>14} {'lower s':>8} {'peer s':>7} "
+        f"{'memory':>7}"
     )
     bad = 0
     with tempfile.TemporaryDirectory() as temporary:
@@ -172,8 +186,9 @@ def main() -> int:
                 wrong = broken(row)
                 bad += len(wrong)
                 speed = row["speed"]
+                told = "" if row["error"] is None else f"{row['error']:.1e}"
                 print(
-                    f"{name:<20} {row['precision']:<9} {row['size']:>6.3f} {speed.value:>6.3f} "
+                    f"{name:<20} {row['precision']:<9} {told:>8} {row['size']:>6.3f} {speed.value:>6.3f} "
                     f"[{speed.low:.3f}, {speed.high:.3f}] {row['lower_s']:>8.2f} {row['peer_s']:>7.1f} "
                     f"{row['memory']:>6.1f}× {'; '.join(wrong)}",
                     flush=True,

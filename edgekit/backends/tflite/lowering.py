@@ -117,7 +117,8 @@ class _Walk:
 
     def _island(self, node: Node) -> None:
         """The node in float: quantized inputs behind DEQUANTIZE, quantized outputs behind QUANTIZE."""
-        self.out.islands.append(node.name)
+        if any(v is not None and v.quant is not None and v.data is None for v in node.inputs):
+            self.out.islands.append(node.name)  # else it is float input that is rounded a node later
         outputs = [v if v.quant is None else _float_twin(v) for v in node.outputs]
         inside = Node(
             node.op, node.name, [None if v is None else self.e.real(v) for v in node.inputs], outputs, node.attributes,

@@ -203,7 +203,7 @@ class _Reader:
         stored = self.values[source.name or ""]
         quant = self._quant(node, stored.rank)
         _check_int16(stored.dtype, quant)
-        if stored.quant is not None and not stored.quant.same(quant):
+        if stored.quant is not None and not stored.quant.same(_as_stored(node, quant)):
             raise Refused("it reads integers with another scale than they were written with", "quantize anew")
         if stored.data is not None:
             stored = Value(stored.name, stored.dtype, stored.shape, stored.dynamic, stored.data)
@@ -253,6 +253,15 @@ class _Reader:
 def _check_int16(dtype: np.dtype[Any], quant: Quant) -> None:
     if dtype == np.int16 and quant.zeros.any():
         raise Refused("int16 with a zero point", "LiteRT takes symmetric int16: quantize anew")
+
+
+def _as_stored(node: ir.Node, quant: Quant) -> Quant:
+    """What a DequantizeLinear says of a uint8 tensor, once that is int8 with all moved by 128."""
+    zero, source = (M.constant(node.inputs[2]) if len(node.inputs) > 2 else None), node.inputs[0]
+    unsigned = zero.dtype == np.uint8 if zero is not None else source is not None and source.dtype == ir.DataType.UINT8
+    if unsigned:
+        return Quant(quant.scales, quant.zeros - 128, quant.axis)
+    return quant
 
 
 def _signed(value: Value, quant: Quant) -> None:
