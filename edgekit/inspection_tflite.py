@@ -248,12 +248,18 @@ def _written(operator: Operator, graph: Subgraph, model: Model) -> written.Opera
 
 
 def _tensor(tensor: Tensor, model: Model) -> written.Tensor:
-    q, quant = tensor.quantization, None
+    q, quant, dtype = tensor.quantization, None, _dtype(tensor)
     if q is not None and q.scales:
         quant = written.Quant(np.array(q.scales, np.float32), np.array(q.zero_points, np.int64), q.axis)
-    try:
-        dtype = numpy_dtype(tensor.dtype)
-    except TypeError:  # int4, string, resource: no rule names them
-        dtype = np.dtype(object)
-    plain = tensor.constant and not tensor.sparse and dtype.kind != "O"
+    plain = tensor.constant and not tensor.sparse and dtype.name == tensor.dtype
     return written.Tensor(tensor.name, dtype, tensor.shape, frozenset(), quant, model.array(tensor) if plain else None)
+
+
+def _dtype(tensor: Tensor) -> np.dtype[Any]:
+    """By which a kernel is chosen: XNNPACK takes the older uint8 quantization where it takes int8."""
+    if tensor.kind == "quint8":
+        return np.dtype(np.int8)
+    try:
+        return numpy_dtype(tensor.dtype)
+    except TypeError:  # int4, string, resource: no rule names them
+        return np.dtype(object)

@@ -409,6 +409,31 @@ def test_what_xnnpack_leaves_is_what_the_runtime_keeps(zoo: Path, write: Any) ->
         assert own_kernels(tflite.read(path)) == left_to_litert(path), path
 
 
+def test_what_xnnpack_takes_of_the_older_quantization(write: Any) -> None:
+    kernel = RNG.integers(0, 255, (6, 3, 3, 4)).astype(np.uint8)
+    made = {"y": (8, 8, 6), "z": (8, 8, 6), "p": (4, 4, 6), "a": (4, 4, 6), "s": (4, 4, 6)}
+    tensors = [
+        Values("x", (1, 8, 8, 4), "UINT8", scales=(0.1,), zeros=(128,)),
+        Values("w", kernel.shape, "UINT8", kernel, (0.02,), (120,)),
+        Values("b", (6,), "INT32", np.zeros(6, np.int32), (0.002,)),
+        *(Values(n, (1, *shape), "UINT8", scales=(0.1,), zeros=(128,)) for n, shape in made.items() if n != "s"),
+        Values("s", (1, 4, 4, 6), "UINT8", scales=(1 / 256,), zeros=(0,)),
+    ]
+    conv = {"strideW": 1, "strideH": 1, "dilationWFactor": 1, "dilationHFactor": 1}
+    window = {"strideW": 2, "strideH": 2, "filterWidth": 2, "filterHeight": 2, "padding": 1}
+    alone = {"strideW": 1, "strideH": 1, "filterWidth": 1, "filterHeight": 1, "padding": 1}
+    operators = [
+        Op("CONV_2D", ["x", "w", "b"], ["y"], 1, "Conv2DOptions", conv),
+        Op("ADD", ["y", "y"], ["z"], 1, "AddOptions"),
+        Op("MAX_POOL_2D", ["z"], ["p"], 1, "Pool2DOptions", window),
+        Op("AVERAGE_POOL_2D", ["p"], ["a"], 1, "Pool2DOptions", alone),
+        Op("SOFTMAX", ["a"], ["s"], 1, "SoftmaxOptions", {"beta": 1.0}),
+    ]
+    path = write(pack(tensors, operators, ["x"], ["s"]))
+    assert own_kernels(tflite.read(path)) == left_to_litert(path) == {"AVERAGE_POOL_2D": 1, "SOFTMAX": 1}
+    assert numbers(tflite.read(path)).words == "full uint8 (the older quantization), uint8 inputs and outputs"
+
+
 @pytest.mark.parametrize("precision", ["float32", "float16", "int8-dynamic", "int8-weights"])
 @pytest.mark.parametrize("name", ["digits_mlp.onnx", "digits_cnn.onnx"])
 def test_what_xnnpack_leaves_of_our_own_files(name: str, precision: str, tmp_path: Path) -> None:
