@@ -131,7 +131,7 @@ RULES: Mapping[str, Rule] = {
     "UNPACK": _rule("UnpackOptions", "float32 qint8:2 int32 int64"),
     "REVERSE_SEQUENCE": _rule("ReverseSequenceOptions", "float32 int16 int32 int64 uint8"),
     "REVERSE_V2": _rule("ReverseV2Options", "float32 qint8:3 int32 int64 bool:2"),
-    "DEPTH_TO_SPACE": _rule("DepthToSpaceOptions", "float32 qint8:2 int32 int64", "float32 qint8"),
+    "DEPTH_TO_SPACE": _rule("DepthToSpaceOptions", "float32 qint8 int32 int64", "float32 qint8"),
     "SPACE_TO_DEPTH": _rule("SpaceToDepthOptions", "float32 qint8:2 int32 int64"),
     "RESIZE_BILINEAR": _rule("ResizeBilinearOptions", "float32:3 qint8:3", "float32 qint8"),
     "RESIZE_NEAREST_NEIGHBOR": _rule("ResizeNearestNeighborOptions", "float32:3 qint8:3"),
