@@ -341,3 +341,24 @@ def test_published_files_beside_each_other(zoo: Path) -> None:
     assert doc["regressions"] == []
     assert doc["a"]["quality"]["accuracy"] == pytest.approx(0.7548, abs=0.02)
     assert doc["size_ratio"] == files[1].stat().st_size / files[0].stat().st_size
+
+
+def test_the_preprocessing_in_a_files_metadata_is_used(folder: Path, weights: np.ndarray, tmp_path: Path) -> None:
+    pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert")
+    from edgekit.preprocessing import Preprocessing
+
+    data = np.load(folder / "data.npz")
+    np.savez(tmp_path / "raw.npz", x=(data["x"] * 8).astype(np.float32), y=data["y"])
+    how = Preprocessing(scale=1 / 8)
+    model = onnx_classifier(tmp_path / "m.onnx", weights)
+    result = pipeline.convert(
+        model, data=str(tmp_path / "raw.npz"), preprocessing=how, out=tmp_path / "build", precisions=["float32"]
+    )
+    made = next(r["path"] for r in result["artifacts"] if r["candidate"] == "tflite-float32")
+    doc = pipeline.bench(Path(made) / "model.tflite", data=str(tmp_path / "raw.npz"), **QUICK)
+    assert doc["preprocessing"]["std"] == [8.0]
+    (row,) = doc["artifacts"]
+    assert row["quality"]["accuracy"] == 1
+    plain = {"data": str(tmp_path / "raw.npz"), "preprocessing": Preprocessing(mean=(3.0,)), **QUICK}
+    doc = pipeline.bench(Path(made) / "model.tflite", **plain)
+    assert any("prepared differently" in w and "metadata" in w for w in doc["warnings"])
