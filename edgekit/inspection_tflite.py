@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +17,7 @@ from edgekit.backends.tflite.rules import RULES
 from edgekit.inspection import INSPECT_SCHEMA, Layer, Step, peak
 from edgekit.inspection_precision import counted, numbers
 from edgekit.sources.tflite import NO_TENSOR, Model, Operator, Subgraph, Tensor, ends, main, numpy_dtype, signature
+from edgekit.sources.tflite_versions import oldest_runtime
 
 BACKEND = "tflite"
 # Custom operators whose kernels come with the LiteRT interpreter: tensorflow/lite/kernels/register.cc
@@ -34,8 +35,9 @@ def inspect(model: Model) -> dict[str, Any]:
     """Describe a .tflite; JSON-ready. The keys of `inspection.inspect` (opset is None), and besides:
 
     format, size_bytes, description, versions {operator: [versions]}, precision {id, words, operators, layout},
-    kernels {operator: count of those that XNNPACK does not run}, notes, min_runtime (as the file says), metadata
-    (names of entries), signatures (their keys).
+    kernels {operator: count of those that XNNPACK does not run}, notes, min_runtime (the oldest TFLite that has all
+    operators in their versions), min_runtime_metadata (what the file says), metadata (names of entries), signatures
+    (their keys).
     """
     graph = main(model)
     seen: set[int] = set()
@@ -45,6 +47,7 @@ def inspect(model: Model) -> dict[str, Any]:
     operators = [o for g in model.subgraphs for o in g.operators]
     names = Counter(o.name for o in operators)
     told = numbers(model)
+    oldest, unlisted = oldest_runtime((o.name, o.version) for o in operators)
     return {
         "schema": INSPECT_SCHEMA,
         "format": "tflite",
@@ -58,7 +61,8 @@ def inspect(model: Model) -> dict[str, Any]:
         "precision": {"id": told.id, "words": told.words, "operators": told.forms, "layout": told.layout},
         "kernels": own_kernels(model),
         "notes": _notes(model),
-        "min_runtime": model.min_runtime or None,
+        "min_runtime": oldest,
+        "min_runtime_metadata": model.min_runtime or None,
         "metadata": sorted(model.metadata),
         "signatures": [s.key for s in model.signatures],
         "parameters": sum(r.parameters for r in rows),
@@ -68,7 +72,7 @@ def inspect(model: Model) -> dict[str, Any]:
         "activation_peak_at": at if most is not None else None,
         "layers": [asdict(r) for r in rows],
         "backends": {BACKEND: _verdict(model)},
-        "reasons": _reasons(model, graph, rows, None if most is not None else at),
+        "reasons": [*_reasons(model, graph, rows, None if most is not None else at), *_newer(unlisted)],
     }
 
 
@@ -93,6 +97,11 @@ def _verdict(model: Model) -> dict[str, Any]:
     if install:
         return {"takes": None, "refuses": refused, "missing": install}
     return {"takes": not refused, "refuses": refused, "missing": None}
+
+
+def _newer(unlisted: Sequence[str]) -> list[str]:
+    """Why the oldest runtime is unknown."""
+    return [f"oldest runtime: {', '.join(unlisted)}: custom, or newer than TFLite 2.13"] if unlisted else []
 
 
 def _reasons(model: Model, graph: Subgraph, rows: list[Layer], unknown: str | None) -> list[str]:

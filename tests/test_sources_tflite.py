@@ -312,6 +312,20 @@ def test_published_macs(zoo: Path) -> None:
         assert math.isclose(inspect(tflite.read(path))["macs"], 12.5e6, rel_tol=0.02)
 
 
+def test_the_oldest_runtime_is_that_of_the_newest_operator(write: Any) -> None:
+    """By hand from TensorFlow's runtime_version.cc: GELU came with 2.9, CONV_2D 3 with 1.14."""
+    x, y, z = Values("x", (1, 4)), Values("y", (1, 4)), Values("z", (1, 4))
+    for operators, oldest in (
+        ([Op("RELU", ["x"], ["y"]), Op("GELU", ["y"], ["z"])], "2.9"),
+        ([Op("RELU", ["x"], ["y"]), Op("RELU", ["y"], ["z"], 2)], "2.1"),
+        ([Op("RELU", ["x"], ["y"]), Op("ABS", ["y"], ["z"])], "1.15"),
+        ([Op("RELU", ["x"], ["y"]), Op("ABS", ["y"], ["z"], 99)], None),
+    ):
+        found = inspect(tflite.read(write(pack([x, y, z], operators, ["x"], ["z"]))))
+        assert found["min_runtime"] == oldest
+        assert bool(found["reasons"]) is (oldest is None)
+
+
 def test_custom_operators_are_refused_by_name(write: Any) -> None:
     data = pack([Values("x", (1, 4)), Values("y", (1, 4))], [Op("FlexErf", ["x"], ["y"])], ["x"], ["y"])
     told = inspect(tflite.read(write(data)))["backends"]["tflite"]

@@ -122,7 +122,7 @@ def test_int8_with_a_scale_per_output_channel_is_within_one_step(
         helper.make_node("QuantizeLinear", ["v", "ys", "yz"], ["yq"]),
         helper.make_node("DequantizeLinear", ["yq", "ys", "yz"], ["y"]),
     ]
-    constants = {
+    constants: dict[str, Any] = {
         "xs": x_scale, "xz": x_zero, "w": weight, "ws": scales, "wz": np.zeros(outputs, np.int8), "b": bias,
         "bs": bias_scale, "ys": y_scale, "yz": y_zero,
     }  # fmt: skip

@@ -24,7 +24,7 @@ def build(
     nodes: Sequence[onnx.NodeProto],
     inputs: Mapping[str, tuple[Any, Sizes]],
     outputs: Sequence[str],
-    weights: Mapping[str, Array],
+    weights: Mapping[str, Any],
     opset: int = 23,
 ) -> onnx.ModelProto:
     """inputs: name -> (dtype, sizes), a size a number, a symbol, or None if it is open and has no name."""

@@ -167,7 +167,7 @@ def _file_facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [("precision", precision["words"] + (f"; {precision['layout']}" if precision["layout"] else ""))]
     own = ", ".join(_operator(name, count, None) for name, count in kernels.items())
     rows.append(("XNNPACK", f"leaves to slower kernels: {own}" if own else "takes every operator"))
-    needs = f", for runtimes from {document['min_runtime']} by its own account" if document["min_runtime"] else ""
+    needs = f", runs in TFLite {document['min_runtime']} and later" if document["min_runtime"] else ""
     told = f', "{document["description"]}"' if document["description"] else ""
     return [*rows, ("file", f"{summary.size(document['size_bytes'])}{told}{needs}")]
 
