@@ -313,7 +313,7 @@ def test_published_macs(zoo: Path) -> None:
 
 
 def test_the_oldest_runtime_is_that_of_the_newest_operator(write: Any) -> None:
-    """By hand from TensorFlow's runtime_version.cc: GELU came with 2.9, CONV_2D 3 with 1.14."""
+    """GELU came with TensorFlow 2.9, the second RELU with 2.1, ABS with a 1.x; tensorflow/lite/tools/versioning."""
     x, y, z = Values("x", (1, 4)), Values("y", (1, 4)), Values("z", (1, 4))
     for operators, oldest in (
         ([Op("RELU", ["x"], ["y"]), Op("GELU", ["y"], ["z"])], "2.9"),
@@ -485,3 +485,10 @@ def test_inspect_refuses_a_damaged_file(write: Any) -> None:
     assert done.exit_code == 10
     assert done.output.startswith("error: ")
     assert "damaged" in done.output
+
+
+def test_convert_says_what_can_be_done_with_a_file(write: Any) -> None:
+    done = CliRunner().invoke(main, ["convert", str(write(FILES[0])), "--random-calibration"])
+    assert done.exit_code == 10
+    for word in ("converted already", "inspect", "bench", "compare"):
+        assert word in done.output

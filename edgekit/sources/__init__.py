@@ -114,6 +114,11 @@ def kind_of(path: Path) -> Format:
             return "savedmodel"
         raise ModelFileError(f"folder '{path}' is no SavedModel (it has no saved_model.pb)", "pass a model file")
     kind = _SUFFIXES.get(path.suffix.lower())
+    if path.suffix.lower() == ".tflite":
+        raise ModelFileError(
+            f"'{path}' was converted already: it is a runtime's own file",
+            "give the model that it was made of; `edgekit inspect`, `bench` and `compare` take the file itself",
+        )
     if kind is None:
         known = ", ".join(_SUFFIXES)
         raise ModelFileError(
