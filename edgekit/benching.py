@@ -50,12 +50,15 @@ def bench(
     samples: judge quality on at most that many; threads: counts or "all", instead of the profile's.
     Returns the bench document (schema 1) and appends the raw measurements to `build/results.jsonl`.
     """
+    from edgekit import candidates
     from edgekit.bench.run import new_run_id, run_bench
 
     subject = _subject(Path(build), names(targets), [Path(p) for p in beside])
     dataset = open_data(data, preprocessing or recorded(data, subject.preprocessing), label_column, labels)
     if dataset is not None:
         _check_labels(dataset, subject.signature)
+    elif not subject.manifests:
+        candidates.check_sizes(next(iter(subject.entries.values()))[0])
     warnings = _data_warnings(dataset, subject, progress)
     documents, run_id = [], new_run_id()
     for name, entries in subject.entries.items():

@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING, cast
 
 from edgekit import artifact, backends
 from edgekit.bench.entry import Entry, fit
+from edgekit.errors import ShapeError
 from edgekit.model import Signature
 
 if TYPE_CHECKING:
     from edgekit.preprocessing import Preprocessing
     from edgekit.sources.tflite import Model
 
+# what a worker's wire carries
+_MEASURABLE = frozenset(
+    ["bool", "float16", "float32", "float64", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))]
+)
 FILE_BACKEND = "tflite"  # whose runner opens published files
 
 
@@ -52,7 +57,10 @@ def of_file(model: Model, label: str, target: str, role: str = "") -> Entry:
     from edgekit.inspection_precision import numbers
     from edgekit.sources.tflite import signature
 
-    told = numbers(model)
+    told, sig = numbers(model), signature(model)
+    for spec in (*sig.inputs, *sig.outputs):
+        if spec.dtype not in _MEASURABLE:
+            raise ShapeError(f"'{model.path}': tensor '{spec.name}' is {spec.dtype}", "only numbers can be measured")
     return Entry(
         target=target,
         backend=FILE_BACKEND,
@@ -61,7 +69,7 @@ def of_file(model: Model, label: str, target: str, role: str = "") -> Entry:
         runner=backends.get(FILE_BACKEND).RUNNER,
         sha256=artifact.digest_file(model.path),
         size_bytes=model.size_bytes,
-        signature=signature(model),
+        signature=sig,
         notes=(f"{role}: {told.words}" if role else told.words,),
         label=label,
     )
@@ -73,6 +81,15 @@ def fitted(entry: Entry, wanted: Signature) -> Entry:
 
     how = fit(entry.signature, wanted, entry.label or str(entry.path))
     return replace(entry, signature=wanted, fit=how)
+
+
+def check_sizes(entry: Entry) -> None:
+    """Raise ShapeError if inputs cannot be made up because a size other than the batch is open."""
+    for spec in entry.signature.inputs:
+        open_axes = [axis for axis, size in enumerate(spec.shape) if axis and isinstance(size, str)]
+        if open_axes:
+            what = f"size {open_axes[0]} of input '{spec.name}' of '{entry.path}' is open"
+            raise ShapeError(what, "pass --data, whose samples have one")
 
 
 def labels(paths: list[Path]) -> list[str]:

@@ -50,6 +50,7 @@ def compare(
     max_difference, limits, regressions, dataset, settings, machine, warnings}; ratios are b over a. `regressions` is
     empty, or says what exceeds a limit. Raises WorkerError if one of the two does not run.
     """
+    from edgekit import candidates
     from edgekit.bench.run import run_bench
     from edgekit.dataset import random_dataset
 
@@ -60,6 +61,7 @@ def compare(
     second, warnings = _stand_in(second, first), [*_warnings(first), *_warnings(second)]
     dataset = open_data(data, preprocessing or recorded(data, how or other_how), label_column, labels)
     if dataset is None:
+        candidates.check_sizes(first)
         dataset = random_dataset(first.signature, _SEEDED_SAMPLES, seed)
         warnings.append("no data: outputs were compared on random inputs, which says little about real ones")
     document = run_bench(

@@ -167,6 +167,9 @@ def test_files_stand_beside_a_build_and_never_ship(folder: Path, weights: np.nda
     assert rows["wrong.tflite"]["quality"]["agreement_with_float"] == pytest.approx(exchanged)
     assert all(r["quality"]["agreement_with_float"] == 1 for r in own)
     assert rows["wrong.tflite"]["latency_s"]["ratio_ci95"] is not None
+    assert (
+        min(r["latency_s"]["ratio_to_float"] for r in own if r["precision"] == "float32") == 1
+    )  # files are no baseline
     assert doc["verdict"]["cpu"]["ship"] in {f"{r['backend']}-{r['precision']}" for r in own}
     assert not any(".tflite" in v["why"] for v in doc["verdict"].values())
     text = pipeline.report(build)
@@ -362,3 +365,18 @@ def test_the_preprocessing_in_a_files_metadata_is_used(folder: Path, weights: np
     plain = {"data": str(tmp_path / "raw.npz"), "preprocessing": Preprocessing(mean=(3.0,)), **QUICK}
     doc = pipeline.bench(Path(made) / "model.tflite", **plain)
     assert any("prepared differently" in w and "metadata" in w for w in doc["warnings"])
+
+
+def test_inputs_that_cannot_be_made_up_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert")
+    y = Values("y", (1, 1))
+    for tensor, words in (
+        (Values("x", (1, 1), "STRING"), "tensor 'x' is string"),
+        (Values("x", (1, 1), signature=(-1, -1)), "size 1 of input 'x'.*--data"),
+    ):
+        file = tmp_path / "m.tflite"
+        file.write_bytes(pack([tensor, y], [Op("RELU", ["x"], ["y"])], ["x"], ["y"]))
+        with pytest.raises(ShapeError, match=words):
+            pipeline.bench(file, **QUICK)
+        with pytest.raises(ShapeError, match=words):
+            compare(file, file, **QUICK)
