@@ -418,6 +418,36 @@ def test_almost_gelu_is_not_gelu(case: str, wrong: str) -> None:
     assert ops(out)["Gelu"] == (0 if f" {wrong})" in GELU[case] or f"({wrong}," in GELU[case] else 1)
 
 
+TANH_GELU = {
+    "as the paper": "c = Pow(x, three) k = Mul(cube, c) s = Add(x, k) u = Mul(root, s) t = Tanh(u) "
+    "p = Add(one, t) h = Mul(half, x) y = Mul(h, p)",
+    "by products": "q = Mul(x, x) c = Mul(q, x) k = Mul(c, cube) s = Add(k, x) u = Mul(s, root) t = Tanh(u) "
+    "p = Add(t, one) h = Mul(x, p) y = Mul(h, half)",
+    "x outside": "q = Mul(x, x) k = Mul(q, cube) s = Add(k, one) r = Mul(x, root) u = Mul(r, s) t = Tanh(u) "
+    "p = Add(t, one) h = Mul(x, half) y = Mul(h, p)",
+}
+TANH_NUMBERS = {
+    "three": np.float32(3), "cube": np.float32(0.044715), "root": np.float32((2 / np.pi) ** 0.5),
+    "one": np.float32(1), "half": np.float32(0.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TANH_GELU)
+def test_tanh_gelu(case: str) -> None:
+    model = build(f"net (float[batch,7] x) => (float[batch,7] y) {{ {TANH_GELU[case]} }}", **TANH_NUMBERS)
+    out = check(model)
+    assert ops(out) == {"Gelu": 1}
+    assert next(iter(out.graph)).attributes.get_string("approximate") == "tanh"
+
+
+@pytest.mark.parametrize("case", TANH_GELU)
+@pytest.mark.parametrize("wrong", ["one", "half", "cube", "root", "three"])
+def test_almost_tanh_gelu_is_not_gelu(case: str, wrong: str) -> None:
+    weights = TANH_NUMBERS | {wrong: np.float32(TANH_NUMBERS[wrong] * 1.001)}
+    out = check(build(f"net (float[batch,7] x) => (float[batch,7] y) {{ {TANH_GELU[case]} }}", **weights))
+    assert ops(out)["Gelu"] == (0 if f" {wrong})" in TANH_GELU[case] or f"({wrong}," in TANH_GELU[case] else 1)
+
+
 def test_gelu_of_another_value_is_not_gelu() -> None:
     text = f"net (float[batch,7] z, float[batch,7] x) => (float[batch,7] y) {{ {GELU['half first']} }}".replace(
         "Mul(half, x)", "Mul(half, z)"

@@ -98,7 +98,7 @@ def set_constant(node: ir.Node, index: int, name: str, data: Array) -> None:
 
 
 def become(
-    node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], **attributes: int | float | Sequence[int]
+    node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], **attributes: int | float | str | Sequence[int]
 ) -> None:
     """Turn a node into another operator in place: same name, same first output."""
     node.op_type = op_type

@@ -15,6 +15,7 @@ _ELEMENTWISE = frozenset(
     {"Add", "Sub", "Mul", "Div", "And", "Or", "Xor", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"}
     | {"Where", "Min", "Max", "Pow", "Mod", "Cast", "Not", "Neg", "Relu", "Sigmoid", "Tanh", "Sqrt", "Exp", "Abs"}
 )
+_CUBE = 0.044715  # the factor of x³ in the tanh form of Gelu
 _CLOSE = 1e-6  # relative; the constants of these formulas are written in float32
 
 
@@ -91,7 +92,7 @@ def _broadcast(shapes: list[G.Dims | None]) -> G.Dims | None:
 
 # --- products: Gelu, HardSwish ----------------------------------------------------------------------
 def _activation(node: ir.Node) -> bool:
-    """x·0.5·(1 + erf(x/√2)) and x·clip(x + 3, 0, 6)/6, in whatever order they are multiplied."""
+    """x·0.5·(1 + erf(x/√2)), its tanh form, and x·clip(x + 3, 0, 6)/6, in whatever order they are multiplied."""
     if not G.is_op(node, "Mul", "Div"):
         return False
     factor, values = _factors(node)
@@ -100,6 +101,9 @@ def _activation(node: ir.Node) -> bool:
     for x, gate in (values, values[::-1]):
         if _near(factor, 0.5) and _is_gauss(gate, x):
             G.become(node, "Gelu", [x])
+            return True
+        if _near(factor, 0.5) and _is_tanh_gauss(gate, x):
+            G.become(node, "Gelu", [x], approximate="tanh")
             return True
         if _near(factor, 1 / 6) and _is_ramp(gate, x):
             G.become(node, "HardSwish", [x])
@@ -148,6 +152,39 @@ def _is_gauss(gate: ir.Value, x: ir.Value) -> bool:
             if source is x and _near(factor * sign, math.sqrt(0.5)):
                 return True
     return False
+
+
+def _is_tanh_gauss(gate: ir.Value, x: ir.Value) -> bool:
+    """Whether gate = 1 + tanh(√(2/π)·(x + 0.044715·x³)): Hendrycks & Gimpel 2016."""
+    for one, squashed in _operands(gate, "Add"):
+        tanh = G.sole_producer(squashed, "Tanh")
+        scaled = None if tanh is None or tanh.inputs[0] is None else tanh.inputs[0].producer()
+        if not _near(_scalar(one), 1.0) or scaled is None or not G.is_op(scaled, "Mul", "Div"):
+            continue
+        factor, values = _factors(scaled)
+        if not _near(factor, math.sqrt(2 / math.pi)):
+            continue
+        if len(values) == 1 and any(a is x and _power(b, x) == (3, _CUBE) for a, b in _operands(values[0], "Add")):
+            return True
+        for inner, outer in (values, values[::-1]) if len(values) == 2 else ():  # x·(1 + 0.044715·x²)
+            pairs = _operands(inner, "Add")
+            if outer is x and any(_near(_scalar(a), 1.0) and _power(b, x) == (2, _CUBE) for a, b in pairs):
+                return True
+    return False
+
+
+def _power(value: ir.Value, x: ir.Value) -> tuple[int, float] | None:
+    """(exponent, factor) if value = factor · x^exponent; a factor as near as matters is _CUBE."""
+    node = value.producer()
+    factor, values = _factors(node) if node is not None and G.is_op(node, "Mul", "Div") else (1.0, [value])
+    exponent = 0
+    for part in values:
+        raised = [b for a, b in _operands(part, "Pow") if a is x]
+        number = 1.0 if part is x else _scalar(raised[0]) if raised else None
+        if number is None or number != int(number):
+            return None
+        exponent += int(number)
+    return exponent, _CUBE if _near(factor, _CUBE) else factor
 
 
 def _is_ramp(gate: ir.Value, x: ir.Value) -> bool:
