@@ -1,4 +1,4 @@
-"""Random small graphs for the TFLite lowering: layouts, shapes and quantization in combinations nobody writes by hand."""
+"""Random small graphs for the TFLite lowering: layouts, shapes and quantization in combinations nobody writes."""
 
 from __future__ import annotations
 
@@ -137,9 +137,10 @@ class Builder:
             return False
         axis = self.rng.randrange(len(self.shape))
         fits = [
-            (v, s) for v, s in self.older
-            if len(s) == len(self.shape) and all(a == b for i, (a, b) in enumerate(zip(s, self.shape, strict=True)) if i != axis)
-        ]  # fmt: skip
+            (v, s)
+            for v, s in self.older
+            if len(s) == len(self.shape) and s[:axis] + s[axis + 1 :] == self.shape[:axis] + self.shape[axis + 1 :]
+        ]
         if not fits:
             return False
         other, sizes = self.rng.choice(fits)
@@ -203,8 +204,8 @@ class Builder:
             ]
             self.node("Gemm", inputs, (out,), transB=1)
         else:
-            self.node("MatMul", [self.value, self.const(self.data.normal(size=(self.shape[-1], out)).astype(np.float32) / 3)],
-                      (*self.shape[:-1], out))  # fmt: skip
+            weights = self.const(self.data.normal(size=(self.shape[-1], out)).astype(np.float32) / 3)
+            self.node("MatMul", [self.value, weights], (*self.shape[:-1], out))
         return True
 
     def head(self) -> bool:

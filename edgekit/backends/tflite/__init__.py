@@ -59,7 +59,7 @@ def lower(model: ir.Model, precision: str, folder: Path, about: About | None = N
     """
     from edgekit.backends.tflite import check, weights
 
-    lowered, notes = _lowered(model, "float32" if about is None else about.io)
+    lowered, notes = _lowered(model, "float32" if about is None or precision != "int8" else about.io)
     if lowered.refusals:
         raise UnsupportedOpError(f"LiteRT cannot take this model: {_told(lowered.refusals)}", "leave this backend out")
     if precision in ("float16", "int8-weights", "int8-dynamic"):

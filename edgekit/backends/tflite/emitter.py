@@ -6,6 +6,7 @@ where an operator needs a value in a layout that nobody has made.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -172,11 +173,12 @@ class Emitter:
         return operator
 
     def constant(self, array: Any, name: str = "", quant: Quant | None = None) -> Tensor:
-        """A constant tensor; equal small ones are one. Python ints become int32, as LiteRT's parameters are."""
+        """A constant tensor; equal ones are one. Python ints become int32, as LiteRT's parameters are."""
         data = np.asarray(array, None if isinstance(array, np.ndarray | np.generic) else _DEFAULTS[type(_first(array))])
         data = np.ascontiguousarray(data).reshape(data.shape)
-        small = quant is None and data.nbytes <= 256
-        key = (data.dtype.str, data.shape, data.tobytes()) if small else (id(data), object())
+        key: tuple[Any, ...] = (id(data), object())
+        if quant is None:
+            key = (data.dtype.str, data.shape, hashlib.sha256(data.reshape(-1).view(np.uint8).data).digest())
         if key not in self._constants:
             label = name or f"{self._name()}/const"
             self._constants[key] = Tensor(label, data.dtype, data.shape, frozenset(), quant, data)

@@ -205,10 +205,8 @@ def _sum_of_two(operator: Operator, values: _Inputs, family: Family) -> Array:
 def _product_of_two(operator: Operator, values: _Inputs, family: Family) -> Array:
     first, second, out = (_quant(t) for t in (operator.inputs[0], operator.inputs[1], operator.outputs[0]))
     acc = (_array(values, 0).astype(np.int64) - first.zero) * (_array(values, 1).astype(np.int64) - second.zero)
-    if family == "xnnpack":
-        factor = np.float32(first.scale) * np.float32(second.scale) / np.float32(out.scale)
-    else:
-        factor = np.float64(np.float32(first.scale) * np.float32(second.scale) / np.float32(out.scale))
+    # both families multiply and divide the scales in float32
+    factor = np.float32(first.scale) * np.float32(second.scale) / np.float32(out.scale)
     return _saturated(_scaled(acc, np.asarray(factor), family), operator)
 
 
@@ -319,8 +317,8 @@ def _leaky_relu(operator: Operator, values: _Inputs, family: Family) -> Array:
     acc = _array(values, 0).astype(np.int64) - before.zero
     alpha = np.float32(operator.options["alpha"])
     if family == "xnnpack":
-        keep = np.float32(before.scale) / np.float32(out.scale)
-        return _saturated(np.where(acc >= 0, _eight_bits(acc, keep), _eight_bits(acc, keep * alpha)), operator)
+        ratio = np.float32(before.scale) / np.float32(out.scale)
+        return _saturated(np.where(acc >= 0, _eight_bits(acc, ratio), _eight_bits(acc, ratio * alpha)), operator)
     keep = np.float64(before.scale) / out.scale
     leak = np.float64(np.float32(before.scale)) * np.float64(alpha) / out.scale
     parts = (fixed_point.multiplied(acc, np.asarray(f)) for f in (keep, leak))
