@@ -448,6 +448,29 @@ def test_what_xnnpack_takes_of_the_older_quantization(write: Any) -> None:
     assert numbers(tflite.read(path)).words == "full uint8 (the older quantization), uint8 inputs and outputs"
 
 
+def test_forms_that_xnnpack_leaves(write: Any) -> None:
+    """int8 weights of a float depthwise convolution, and a slice to the end; with sizes it takes the slice."""
+    kernel = RNG.integers(-127, 127, (1, 3, 3, 4)).astype(np.int8)
+    start = Values("start", (4,), "INT32", np.array([0, 1, 1, 0], np.int32))
+    options = {"strideW": 1, "strideH": 1, "depthMultiplier": 1, "dilationWFactor": 1, "dilationHFactor": 1}
+    for rows, left in ((-1, {"DEPTHWISE_CONV_2D": 1, "SLICE": 1}), (7, {"DEPTHWISE_CONV_2D": 1})):
+        tensors = [
+            Values("x", (1, 8, 8, 4)),
+            Values("w", kernel.shape, "INT8", kernel, (0.1, 0.2, 0.3, 0.4), axis=3),
+            Values("b", (4,), data=floats(4)),
+            Values("y", (1, 8, 8, 4)),
+            start,
+            Values("sizes", (4,), "INT32", np.array([1, rows, 7, 4], np.int32)),
+            Values("z", (1, 7, 7, 4)),
+        ]
+        operators = [
+            Op("DEPTHWISE_CONV_2D", ["x", "w", "b"], ["y"], 6, "DepthwiseConv2DOptions", options),
+            Op("SLICE", ["y", "start", "sizes"], ["z"], 1, "SliceOptions"),
+        ]
+        path = write(pack(tensors, operators, ["x"], ["z"]))
+        assert own_kernels(tflite.read(path)) == left_to_litert(path) == left
+
+
 @pytest.mark.parametrize("precision", ["float32", "float16", "int8-dynamic", "int8-weights"])
 @pytest.mark.parametrize("name", ["digits_mlp.onnx", "digits_cnn.onnx"])
 def test_what_xnnpack_leaves_of_our_own_files(name: str, precision: str, tmp_path: Path) -> None:
