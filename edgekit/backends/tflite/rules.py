@@ -123,7 +123,7 @@ RULES: Mapping[str, Rule] = {
     "GATHER": _rule("GatherOptions", "float32 qint8:2 qint16:4 int32 int64 bool:3"),
     "GATHER_ND": _rule("GatherNdOptions", "float32 qint8 int32 int64 bool:5"),
     "SCATTER_ND": _rule("ScatterNdOptions", "float32 int8 int32 int64 bool uint8", decides=1),
-    "TILE": _rule("TileOptions", "float32 qint8:3 int32 int64 bool"),
+    "TILE": _rule("TileOptions", "float32 qint8:2 int32 int64 bool"),
     "BROADCAST_TO": _rule("BroadcastToOptions", "float32:2 int32:2 int64:2 qint8:3 bool:2"),
     "EXPAND_DIMS": _rule("ExpandDimsOptions", "float32 qint8 int32 int64 bool"),
     "SQUEEZE": _rule("SqueezeOptions", "float32 qint8 int32 int64"),

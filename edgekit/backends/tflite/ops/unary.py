@@ -134,8 +134,10 @@ def _erf(e: Emitter, x: Tensor, n: Node) -> Tensor:
 
 
 # --- activations ---------------------------------------------------------------------------------------------
-def _gelu(e: Emitter, x: Tensor, n: Node) -> Tensor:
-    return e.op("GELU", [x], x.shape, dynamic=x.dynamic, approximate=n.str("approximate", "none") == "tanh")
+def _gelu(e: Emitter, n: Node) -> None:
+    x, layout = n.require(0), existing(e, n.require(0))
+    approximate = n.str("approximate", "none") == "tanh"
+    e.emit(n.outputs[0], "GELU", [e.tensor(x, layout)], layout, approximate=approximate)
 
 
 def _softplus(e: Emitter, x: Tensor, n: Node) -> Tensor:
@@ -310,7 +312,6 @@ _FORMULAS: dict[str, Formula] = {
     "Acosh": _acosh,
     "Atanh": _atanh,
     "Erf": _erf,
-    "Gelu": _gelu,
     "Softplus": _softplus,
     "Softsign": _softsign,
     "Mish": _mish,
@@ -324,6 +325,7 @@ _FORMULAS: dict[str, Formula] = {
 LOWERINGS: dict[str, Callable[[Emitter, Node], None]] = {
     **{op: _in_layout(formula) for op, formula in _FORMULAS.items()},
     "Abs": _abs,
+    "Gelu": _gelu,
     "Hardmax": _hardmax,
     "Pow": _pow,
     "Mod": _mod,
