@@ -147,6 +147,25 @@ def test_depth_to_space(mode: str, block: int, batch: Any) -> None:
     assert difference(litert(model, feeds), onnxruntime(model, feeds)) == 0
 
 
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_pixel_shuffle_behind_a_convolution_moves_no_channel(group: int, seen: bool) -> None:
+    """The convolution makes its channels in the other order, unless somebody else looks at them."""
+    nodes = [
+        helper.make_node("Transpose", ["image"], ["x"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["x", "w", "b"], ["a"], group=group),
+        helper.make_node("Relu", ["a"], ["v"]),
+        helper.make_node("DepthToSpace", ["v"], ["u"], mode="CRD", blocksize=2),
+        helper.make_node("Transpose", ["u"], ["y"], perm=[0, 2, 3, 1]),
+    ]
+    weights = {"w": normal(1, 12, 6 // group, 1, 1), "b": normal(2, 12)}
+    outputs = ["y", "v"] if seen else ["y"]
+    model = build(nodes, {"image": (np.float32, ["batch", 4, 5, 6])}, outputs, weights)
+    assert ("TRANSPOSE" in operators(model)) == (group == 2 or seen)
+    feeds = {"image": normal(3, 2, 4, 5, 6)}
+    assert difference(litert(model, feeds), onnxruntime(model, feeds)) <= BOUND
+
+
 @pytest.mark.parametrize("batch", ["batch", 2])
 @pytest.mark.parametrize("block", [2, 3])
 def test_space_to_depth(block: int, batch: Any) -> None:

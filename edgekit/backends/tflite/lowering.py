@@ -11,6 +11,7 @@ from edgekit.backends.tflite.emitter import Emitter, identity
 from edgekit.backends.tflite.expand import expand
 from edgekit.backends.tflite.graph import Graph, Quant, Tensor
 from edgekit.backends.tflite.ops import LOWERINGS
+from edgekit.backends.tflite.patterns import arrange
 from edgekit.backends.tflite.peephole import clean
 from edgekit.backends.tflite.prepare import Prepared, prepare
 from edgekit.backends.tflite.rules import INT8_FORM, NO_FORM
@@ -48,7 +49,7 @@ def lower(model: ir.Model, io: str = "float32") -> Lowered:
 
     io: "int8" makes quantized inputs and outputs int8 tensors instead of float32 ones.
     """
-    return _Walk(prepare(expand(unroll(model), LOWERINGS)), io).run()
+    return _Walk(arrange(prepare(expand(unroll(model), LOWERINGS))), io).run()
 
 
 class _Walk:
