@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 Progress = Callable[[str, float, float], None]
 """(stage, done, total); total 0 means unknown. Called often; must be cheap."""
@@ -22,11 +25,39 @@ def progress_bar(*, enabled: bool) -> Iterator[Progress]:
     """A progress callback for the duration of a command."""
     if not enabled:
         yield silent
-    elif sys.stderr.isatty():
-        with _rich_bar() as bar:
-            yield bar
-    else:
-        yield _plain_lines()
+        return
+    with _heeded() as heed, _rich_bar() if sys.stderr.isatty() else contextlib.nullcontext(_plain_lines()) as bar:
+
+        def show(stage: str, done: float, total: float) -> None:
+            heed()
+            bar(stage, done, total)
+
+        yield show
+        heed()
+
+
+@contextlib.contextmanager
+def _heeded() -> Iterator[Callable[[], None]]:
+    """A call that raises KeyboardInterrupt again if Ctrl-C came and a library swallowed it, as bare excepts do."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    came = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        raise KeyboardInterrupt
+
+    def heed() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield heed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

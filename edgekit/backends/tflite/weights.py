@@ -22,7 +22,7 @@ _WEIGHTED = {
     "CONV_3D": (1, 4),
 }
 # LiteRT computes these with int8 weights and float32 activations, which it quantizes per row as it goes
-_DYNAMIC = frozenset({"CONV_2D", "FULLY_CONNECTED", "DEPTHWISE_CONV_2D"})
+_DYNAMIC = frozenset({"CONV_2D", "FULLY_CONNECTED"})
 _LEAST = 1024  # elements: below this the scales and the extra operator cost more than is saved
 _LARGEST = {"float16": 65504.0}
 
