@@ -50,7 +50,7 @@ def _changes_nothing(node: ir.Node) -> bool:
 
 
 def _transpose(node: ir.Node) -> bool:
-    """A transpose of a transpose is one transpose; one that changes no order is none."""
+    """A transpose of a transpose is one transpose; one that changes no order is none, nor one that undoes a reshape."""
     x = node.inputs[0] if G.is_op(node, "Transpose") else None
     if x is None:
         return False
@@ -59,13 +59,26 @@ def _transpose(node: ir.Node) -> bool:
         G.bypass(node, x)
         return True
     inner = x.producer()
-    if perm is None or inner is None or not G.is_op(inner, "Transpose"):
+    if perm is None or inner is None:
+        return False
+    if G.is_op(inner, *_RESHAPING) and inner.inputs[0] is not None and _keeps_order(perm, G.dims(x)):
+        if G.dims(inner.inputs[0]) != G.dims(node.outputs[0]):
+            return False
+        G.bypass(node, inner.inputs[0])
+        return True
+    if not G.is_op(inner, "Transpose"):
         return False
     first = _perm(inner)
     if first is None or inner.inputs[0] is None:
         return False
     G.become(node, "Transpose", [inner.inputs[0]], perm=[first[p] for p in perm])
     return True
+
+
+def _keeps_order(perm: tuple[int, ...], sizes: G.Dims | None) -> bool:
+    """Whether only axes of size 1 move."""
+    large = [p for p in perm if sizes is None or sizes[p] != 1]
+    return sizes is not None and large == sorted(large)
 
 
 def _perm(node: ir.Node) -> tuple[int, ...] | None:

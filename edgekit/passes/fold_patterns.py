@@ -209,17 +209,23 @@ def _layer_norm(node: ir.Node) -> bool:
             continue
         x, scale, offset, epsilon = found
         size = None if G.dims(x) is None else (G.dims(x) or ())[-1]
-        gamma, beta = _row(scale, size), _row(offset, size)
-        if gamma is None or beta is None or x.dtype != ir.DataType.FLOAT or G.dims(x) != G.dims(node.outputs[0]):
+        gamma, beta = _row(scale, size), None if offset is None else _row(offset, size)
+        if (
+            gamma is None
+            or (beta is None and offset is not None)
+            or x.dtype != ir.DataType.FLOAT
+            or G.dims(x) != G.dims(node.outputs[0])
+        ):
             continue
         graph, name = G.graph_of(node), node.name
-        inputs = [x, G.new_constant(graph, f"{name}/scale", gamma), G.new_constant(graph, f"{name}/bias", beta)]
+        inputs = [x, G.new_constant(graph, f"{name}/scale", gamma)]
+        inputs += [] if beta is None else [G.new_constant(graph, f"{name}/bias", beta)]
         G.become(node, "LayerNormalization", inputs, axis=-1, epsilon=epsilon)
         return True
     return False
 
 
-_Norm = tuple[ir.Value, ir.Value, ir.Value, float]  # x, scale, offset, epsilon
+_Norm = tuple[ir.Value, ir.Value, ir.Value | None, float]  # x, scale, offset, epsilon
 
 
 def _plain(product: ir.Value, offset: ir.Value) -> _Norm | None:
@@ -240,13 +246,14 @@ def _plain(product: ir.Value, offset: ir.Value) -> _Norm | None:
 
 
 def _split(product: ir.Value, rest: ir.Value) -> _Norm | None:
-    """x·m + (β - mean·m) with m = γ/s."""
+    """x·m + (β - mean·m) with m = γ/s; β may be missing."""
     for x, m in _operands(product, "Mul"):
         for inverse, scale in _operands(m, "Mul"):
             found = _deviation(_argument(inverse, "Reciprocal"))
             if G.array(scale) is None or found is None or found[0] is not x:
                 continue
-            for shift, offset in _operands(rest, "Add"):
+            shifts = [(rest, None), *_operands(rest, "Add")]
+            for shift, offset in shifts:
                 for a, b in _operands(shift, "Mul"):
                     if b is m and _argument(a, "Neg") is found[2]:
                         return x, scale, offset, found[3]
