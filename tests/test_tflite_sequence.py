@@ -199,6 +199,21 @@ def onnx_ir_of(model: onnx.ModelProto) -> Any:
     return ir.from_proto(model)
 
 
+# --- axes ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("batch", ["batch", 2])
+@pytest.mark.parametrize("seed", range(12))
+def test_a_transpose_of_many_axes_is_one_of_few(seed: int, batch: Any) -> None:
+    """Runtimes before LiteRT 2 take six axes; axes that stay neighbours are one."""
+    rng = random.Random(seed)
+    sizes, perm = [2, *rng.choices((1, 1, 2, 3), k=6)], rng.sample(range(7), 7)
+    node = helper.make_node("Transpose", ["x"], ["y"], perm=perm)
+    model = build([node], {"x": (np.float32, [batch, *sizes[1:]])}, ["y"], {})
+    x = normal(seed, *sizes)
+    assert np.array_equal(litert(model, {"x": x})["y"], x.transpose(perm))
+    moves = [o for o in lowered(model).graph.operators if o.code == "TRANSPOSE"]
+    assert all(len(o.outputs[0].shape) <= len([s for s in sizes if s > 1]) for o in moves)
+
+
 # --- Einsum ----------------------------------------------------------------------------------------------------
 LETTERS = {"a": 2, "b": 3, "c": 4, "d": 5, "e": 3, "h": 2, "i": 3, "j": 4, "k": 5, "m": 6, "n": 2, "s": 3, "t": 4}
 EQUATIONS = [

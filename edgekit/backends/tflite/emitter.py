@@ -273,9 +273,33 @@ class Emitter:
                 return self.reshape(tensor, shape, dynamic, value.name)
         source, tensor = next(iter(have.items()))
         perm = [source.index(a) for a in layout]
+        if len(perm) > _MOST_AXES:
+            return self.reshape(self._merged_move(tensor, perm), shape, dynamic, value.name)
         made = self.blank(value, layout)
         self.write("TRANSPOSE", [tensor, self.constant(np.array(perm, np.int32))], [made])
         return made
+
+    def _merged_move(self, x: Tensor, perm: Sequence[int]) -> Tensor:
+        """`x` transposed by `perm`, with axes that stay neighbours as one and those of size 1 left out."""
+        moving = [k for k in perm if x.shape[k] != 1 or k in x.dynamic]
+        following = dict(zip(sorted(moving), sorted(moving)[1:], strict=False))
+        groups: list[list[int]] = []
+        for k in moving:
+            if groups and following.get(groups[-1][-1]) == k:
+                groups[-1].append(k)
+            else:
+                groups.append([k])
+        before = sorted(groups)
+
+        def sizes(order: list[list[int]]) -> tuple[list[int], set[int]]:
+            grown = {i for i, g in enumerate(order) if any(k in x.dynamic for k in g)}
+            return [int(np.prod([x.shape[k] for k in g])) for g in order], grown
+
+        shape, dynamic = sizes(before)
+        merged = self.reshape(x, shape, dynamic)
+        order = self.constant(np.array([before.index(g) for g in groups], np.int32))
+        shape, dynamic = sizes(groups)
+        return self.op("TRANSPOSE", [merged, order], shape, quant=x.quant, dynamic=dynamic)
 
     def _constant_of(self, value: Value, layout: Layout) -> Tensor:
         assert value.data is not None
@@ -288,6 +312,7 @@ class Emitter:
         return "" if self.node is None else self.node.name
 
 
+_MOST_AXES = 6  # of a TRANSPOSE in runtimes before LiteRT 2
 _REMEDY_TYPE = "cast it to float32 or int32 in the model, or leave the tflite backend out"
 _DEFAULTS: dict[type, Any] = {int: np.int32, bool: np.bool_, float: np.float32}
 
