@@ -167,6 +167,8 @@ def _clip(e: Emitter, n: Node) -> None:
     low, high = (np.array(0.0), None) if n.op == "Relu" else (n.const(1), n.const(2))
     if x.quant is not None and not x.quant.same(out.quant):
         kind = activation_of(n)
+        if kind == "RELU6" and out.quant is not None and _highest(out) <= 6 + out.quant.scale / 2:
+            kind = "RELU"  # the range does the rest, and TFLM's RELU6 forgets to rescale
         if kind is None:
             raise Refused("its scale differs between input and output", "quantize anew with edgekit")
         layout = existing(e, x)
@@ -184,6 +186,12 @@ def _clip(e: Emitter, n: Node) -> None:
             e.emit(out, code, [tensor, constant], layout)
         else:
             tensor = e.op(code, [tensor, constant], tensor.shape, quant=x.quant, dynamic=tensor.dynamic)
+
+
+def _highest(value: Value) -> float:
+    """The largest number that a quantized value can hold."""
+    assert value.quant is not None
+    return float((np.iinfo(value.dtype).max - value.quant.zero) * value.quant.scale)
 
 
 def _stored(bound: Array, x: Value) -> Array:
