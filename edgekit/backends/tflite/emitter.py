@@ -33,7 +33,6 @@ class Emitter:
     def __init__(self) -> None:
         self.graph = Graph()
         self.node: Node | None = None
-        self.notes: list[str] = []
         self._stored: dict[Value, dict[Layout, Tensor]] = {}
         self._renamed: dict[Value, tuple[Value, Layout]] = {}
         self._readers: dict[Value, list[Node]] = {}

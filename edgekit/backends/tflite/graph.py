@@ -79,7 +79,6 @@ class Operator:
     outputs: list[Tensor]
     options: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""  # the ONNX node it was made for
-    intermediates: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(eq=False)

@@ -36,8 +36,6 @@ def _rule(options: str, versions: str, xnnpack: str = "", decides: int = 0) -> R
     return Rule(options, _types(versions), frozenset(xnnpack.split()), decides)
 
 
-_MOVED = "float32 qint8:2 qint16:2 int8 int16 int32 int64 bool uint8"
-
 RULES: Mapping[str, Rule] = {
     # sums of products
     "CONV_2D": _rule("Conv2DOptions", "float32 qint8:3 qint16:4", "float32 qint8"),

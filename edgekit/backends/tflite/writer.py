@@ -35,7 +35,7 @@ def _tensors(graph: Graph) -> Iterator[Tensor]:
     for _, tensor in graph.inputs:
         seen.setdefault(tensor)
     for operator in graph.operators:
-        for found in (*operator.inputs, *operator.outputs, *operator.intermediates):
+        for found in (*operator.inputs, *operator.outputs):
             if found is not None:
                 seen.setdefault(found)
     for _, tensor in graph.outputs:
@@ -152,8 +152,6 @@ class _Writer:
         out.opcodeIndex = self._code(operator)
         out.inputs = [-1 if t is None else number[t] for t in operator.inputs]
         out.outputs = [number[t] for t in operator.outputs]
-        if operator.intermediates:
-            out.intermediates = [number[t] for t in operator.intermediates]
         table = RULES[operator.code].options
         if table:
             out.builtinOptionsType = getattr(self.schema.BuiltinOptions, table)
