@@ -309,7 +309,8 @@ def targets(targets_dir: Path | None, as_json: bool) -> None:
         ]
         return _emit({"schema": 1, "targets": rows})
     for t in known:
-        click.echo(f"{t.name:<14} {t.description}\n{'':<14} " + ", ".join(c.id for c in t.candidates))
+        names = [c.id + (f" (with --precision {c.precision})" if c.on_request else "") for c in t.candidates]
+        click.echo(f"{t.name:<14} {t.description}\n{'':<14} " + ", ".join(names))
 
 
 @main.command()

@@ -20,7 +20,7 @@ from edgekit.errors import (
     UsageError,
 )
 from edgekit.report.progress import Progress, silent
-from edgekit.target import PRECISIONS, CandidateSpec, Target, load_target
+from edgekit.target import PRECISIONS, STATIC, CandidateSpec, Target, load_target
 
 if TYPE_CHECKING:
     from edgekit.dataset import Dataset
@@ -93,7 +93,7 @@ def convert(
     from edgekit.stages import Conversion
 
     work = _plan_work([load_target(name, targets_dir) for name in names(targets)], precisions)
-    wants_int8 = any(w.candidate.precision == "int8" and not w.skipped for w in work)
+    wants_int8 = any(w.candidate.precision in STATIC and not w.skipped for w in work)
     if wants_int8 and data is None and not random_calibration:
         raise NoCalibrationDataError(
             "int8 needs calibration data",
@@ -164,9 +164,9 @@ def _plan_work(targets: Sequence[Target], precisions: Sequence[str]) -> list[_Wo
                 raise PrecisionError(
                     f"target '{target.name}' has no {wanted} candidate", "it offers " + ", ".join(sorted(offered))
                 )
-        keep = {*precisions, "float32"} if precisions else offered
         for candidate in target.candidates:
-            if candidate.precision in keep:
+            asked = candidate.precision in {*precisions, "float32"} if precisions else not candidate.on_request
+            if asked:
                 install = backends.get(candidate.backend).missing()
                 why = f"needs {candidate.backend}: {install}" if install else ""
                 work.append(_Work(target, candidate, why))

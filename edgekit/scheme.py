@@ -29,3 +29,21 @@ FIXED_OUTPUT: Mapping[str, tuple[float, int]] = {
     "Sigmoid": (1 / 256, -128),
     "Tanh": (1 / 128, 0),
 }
+
+# int16 activations, symmetric, on int8 weights: LiteRT's 16x8 scheme
+INTEGER_16 = frozenset(
+    {"Conv", "Gemm", "MatMul", "Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "Softmax", "ReduceMean"}
+    | {"GlobalAveragePool", "Concat", "Max", "Min", "MaxPool", "GlobalMaxPool", "AveragePool", "Pad", "Reshape"}
+    | {"Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Resize", "ReduceMax", "ReduceMin"}
+    | BINARY
+)
+FIXED_OUTPUT_16: Mapping[str, tuple[float, int]] = dict.fromkeys(("Softmax", "Sigmoid", "Tanh"), (1 / 32768, 0))
+
+
+def integer(bits: int) -> frozenset[str]:
+    """Operators with a form on activations of so many bits."""
+    return INTEGER if bits == 8 else INTEGER_16
+
+
+def fixed_output(bits: int) -> Mapping[str, tuple[float, int]]:
+    return FIXED_OUTPUT if bits == 8 else FIXED_OUTPUT_16

@@ -20,7 +20,7 @@ from edgekit import __version__, artifact, backends
 from edgekit import model as M
 from edgekit.errors import ArtifactError, ConversionMismatchError, NonFiniteError, UsageError
 from edgekit.report.progress import Progress
-from edgekit.target import CandidateSpec, Target
+from edgekit.target import STATIC, CandidateSpec, Target
 
 if TYPE_CHECKING:
     from edgekit.dataset import Dataset
@@ -51,7 +51,7 @@ class Conversion:
     io: Literal["float32", "int8"] = "float32"
     input_layout: Literal["keep", "NHWC", "NCHW"] = "keep"
     warnings: list[str] = field(default_factory=list)
-    _quantized: dict[int, tuple[ir.Model, dict[str, Any], str]] = field(default_factory=dict)
+    _quantized: dict[tuple[int, int], tuple[ir.Model, dict[str, Any], str]] = field(default_factory=dict)
 
     # --- stages ------------------------------------------------------------------------------------
     @cached_property
@@ -115,14 +115,16 @@ class Conversion:
 
         return self._stage("clean up", identity, make)
 
-    def quantized(self, weight_bits: int) -> tuple[ir.Model, dict[str, Any], str]:
+    def quantized(self, weight_bits: int, activation_bits: int = 8) -> tuple[ir.Model, dict[str, Any], str]:
         """(QDQ model, {"plan", "calibration"}, key)."""
-        if weight_bits not in self._quantized:
+        bits = (weight_bits, activation_bits)
+        if bits not in self._quantized:
             from edgekit.passes.quantize import QuantizeInt8
 
             model, _, parent = self.folded
             step = QuantizeInt8(
                 weight_bits=weight_bits,  # type: ignore[arg-type]
+                activation_bits=activation_bits,  # type: ignore[arg-type]
                 calibration=self.calibration,  # type: ignore[arg-type]
                 keep_float=self.keep_float,
                 seed=self.seed,
@@ -139,8 +141,9 @@ class Conversion:
                     "calibration": self._calibration_record(),
                 }
 
-            self._quantized[weight_bits] = self._stage(f"quantize to int8, {weight_bits}-bit weights", identity, make)
-        return self._quantized[weight_bits]
+            title = f"quantize to int{activation_bits}, {weight_bits}-bit weights"
+            self._quantized[bits] = self._stage(title, identity, make)
+        return self._quantized[bits]
 
     # --- artifacts ---------------------------------------------------------------------------------
     def candidate(self, target: Target, spec: CandidateSpec, weight_bits: int) -> dict[str, Any]:
@@ -148,8 +151,10 @@ class Conversion:
         from edgekit import verify
 
         backend = backends.get(spec.backend)
-        if spec.precision == "int8":
-            model, record, parent = self.quantized(weight_bits)
+        if spec.precision in STATIC:
+            # no kernel of 16-bit activations saturates
+            wide = spec.precision == "int8x16"
+            model, record, parent = self.quantized(8, 16) if wide else self.quantized(weight_bits)
         else:
             model, record, parent = self.folded
         identity = artifact.digest_json(
@@ -207,8 +212,8 @@ class Conversion:
         from edgekit import verify
 
         data = self.bound.take(self._verify_samples, self.seed)
-        if spec.precision == "int8":
-            return verify.quantized(backend, folder, model, data)
+        if spec.precision in STATIC:
+            return verify.quantized(backend, folder, model, data, spec.precision)
         return verify.floating(backend, folder, self.source[0], data, spec.precision)
 
     @cached_property

@@ -20,14 +20,20 @@ Precision = Literal[
     "float32", "float16", "bfloat16", "int8", "int8-dynamic", "int8-weights", "int4-weights", "int8x16", "fixed"
 ]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
+# made by calibration: weights in int8, activations in int8 or int16
+STATIC: tuple[Precision, ...] = ("int8", "int8x16")
 
 
 @dataclass(frozen=True)
 class CandidateSpec:
-    """One backend × precision that could serve the target; `id` names its folder in a build."""
+    """One backend × precision that could serve the target; `id` names its folder in a build.
+
+    on_request: only made where its precision is asked for.
+    """
 
     backend: str
     precision: Precision
+    on_request: bool = False
 
     @property
     def id(self) -> str:
@@ -51,7 +57,7 @@ class Target:
 
 
 _KEYS = {"schema", "name", "description", "threads", "weight_bits", "candidates"}
-_CANDIDATE_KEYS = {"backend", "precision"}
+_CANDIDATE_KEYS = {"backend", "precision", "on_request"}
 
 
 def shipped_dir() -> Path:
@@ -146,11 +152,12 @@ def _candidates(path: Path, rows: Any) -> tuple[CandidateSpec, ...]:
             raise TargetFileError(
                 f"target file '{path}': candidate {row!r} is no table", "give { backend = ..., precision = ... }"
             )
-        _check_keys(path, row, _CANDIDATE_KEYS, required=_CANDIDATE_KEYS)
+        _check_keys(path, row, _CANDIDATE_KEYS, required=_CANDIDATE_KEYS - {"on_request"})
         out.append(
             CandidateSpec(
                 _one_of(path, "backend", row["backend"], tuple(BACKENDS)),
                 _one_of(path, "precision", row["precision"], PRECISIONS),
+                _one_of(path, "on_request", row.get("on_request", False), (False, True)),
             )
         )
     return tuple(out)

@@ -12,11 +12,12 @@ import onnx_ir as ir
 from edgekit import model as M
 from edgekit.errors import ArtifactError, UnsupportedOpError
 from edgekit.passes.decide import FLOAT, data_inputs, weight_of
-from edgekit.passes.plan import QMAX, QMIN, Activation, QuantizationPlan, Weight
+from edgekit.passes.plan import Activation, QuantizationPlan, Weight, integer_range
 from edgekit.scheme import WEIGHTED
 
 Array = np.ndarray[Any, Any]
-INT8 = ir.DataType.INT8
+# how integers of so many bits are stored
+STORED: dict[int, np.dtype[Any]] = {8: np.dtype(np.int8), 16: np.dtype(np.int16)}
 
 
 def prepared(model: ir.Model) -> ir.Model:
@@ -126,7 +127,7 @@ class _Writer:
             raise ArtifactError(f"the quantization plan names a tensor '{name}' that the model lacks", "plan it again")
         value = self.values[name]
         scale = self.initializer(f"{name}_scale", np.array(parameters.scale, np.float32))
-        zero = self.initializer(f"{name}_zero_point", np.array(parameters.zero_point, np.int8))
+        zero = self.initializer(f"{name}_zero_point", np.array(parameters.zero_point, STORED[parameters.bits]))
         array = M.constant(value)
         if array is not None:
             stored = self.initializer(f"{name}_quantized", quantize(array, parameters))
@@ -134,7 +135,8 @@ class _Writer:
             return
         producer = value.producer()
         from_integers = producer is not None and producer.name in self.quantized
-        quantizer = self.node("QuantizeLinear", [value, scale, zero], f"{name}_quantized", value, INT8)
+        dtype = ir.DataType.from_numpy(STORED[parameters.bits])
+        quantizer = self.node("QuantizeLinear", [value, scale, zero], f"{name}_quantized", value, dtype)
         if producer is None:
             self.graph.insert_before(self.graph[0], quantizer)
         else:
@@ -210,9 +212,9 @@ def quantize_weight(array: Array, plan: Weight) -> Array:
 
 
 def quantize(array: Array, parameters: Activation) -> Array:
-    """float array -> int8 with the plan's parameters, in the arithmetic of QuantizeLinear (float32, ties to even)."""
+    """float array -> integers by the plan's parameters, in the arithmetic of QuantizeLinear (float32, ties to even)."""
     q = np.rint(array.astype(np.float32) / np.float32(parameters.scale)) + parameters.zero_point
-    stored: Array = np.clip(q, QMIN, QMAX).astype(np.int8)
+    stored: Array = np.clip(q, *integer_range(parameters.bits)).astype(STORED[parameters.bits])
     return stored
 
 

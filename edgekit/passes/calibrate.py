@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from edgekit import model as M
 from edgekit.errors import NoCalibrationDataError, NonFiniteError
-from edgekit.passes.plan import QMAX, QMIN
+from edgekit.passes.plan import integer_range
 
 if TYPE_CHECKING:
     from edgekit.dataset import Dataset
@@ -115,9 +115,10 @@ def _least_error(counts: Array, centres: Array, low: float, high: float) -> tupl
 
 def squared_error(counts: Array, centres: Array, low: float, high: float) -> float:
     """Mean squared error of int8 with the range [low, high] on a histogram."""
-    scale = max(high - low, 1e-30) / (QMAX - QMIN)
-    zero = np.rint(QMIN - low / scale)
-    q = np.clip(np.rint(centres / scale) + zero, QMIN, QMAX)
+    lowest, highest = integer_range(8)
+    scale = max(high - low, 1e-30) / (highest - lowest)
+    zero = np.rint(lowest - low / scale)
+    q = np.clip(np.rint(centres / scale) + zero, lowest, highest)
     return float((counts * ((q - zero) * scale - centres) ** 2).sum() / counts.sum())
 
 

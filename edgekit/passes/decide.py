@@ -9,14 +9,16 @@ import numpy as np
 import onnx_ir as ir
 
 from edgekit import model as M
-from edgekit.passes.plan import FIXED, Activation
-from edgekit.scheme import BINARY, EQUAL_SCALES, INTEGER, JOINS, WEIGHTED
+from edgekit.passes.plan import Activation, Bits, fixed
+from edgekit.scheme import BINARY, EQUAL_SCALES, JOINS, WEIGHTED, integer
 
 MOVES = EQUAL_SCALES
 # moves that are worth doing on int8 when only what follows is quantized: they do not shrink the tensor
 LEADING = frozenset({"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Pad", "DepthToSpace", "SpaceToDepth"})
 # LiteRT fuses Relu and Relu6 into these
 FUSING = WEIGHTED | BINARY
+# the bounds that it fuses; in 8 bits any others become the ends of the quantized range, which in 16 is symmetric
+FUSED_BOUNDS = frozenset({(0.0, np.inf), (0.0, 6.0), (-1.0, 1.0)})
 # A constant beyond this is a mask ("minus infinity"), not a number to be multiplied: quantizing it wipes out the rest.
 HUGE = 1e30
 FLOAT = ir.DataType.FLOAT
@@ -40,17 +42,20 @@ class Decision:
     outputs: frozenset[str] = field(default_factory=frozenset)
 
 
-def decide(model: ir.Model, forced: Mapping[str, str]) -> Decision:
-    """model: prepared (named nodes, inferred types). forced: node -> reason, for nodes that must stay float."""
+def decide(model: ir.Model, forced: Mapping[str, str], bits: Bits = 8) -> Decision:
+    """model: prepared (named nodes, inferred types). forced: node -> reason, for nodes that must stay float.
+
+    bits: of activations.
+    """
     reasons = dict(forced)
     while True:
-        decision, conflicts = _decide(model, reasons)
+        decision, conflicts = _decide(model, reasons, bits)
         if not conflicts:
             return decision
         reasons.update(conflicts)
 
 
-def _decide(model: ir.Model, forced: Mapping[str, str]) -> tuple[Decision, dict[str, str]]:
+def _decide(model: ir.Model, forced: Mapping[str, str], bits: Bits) -> tuple[Decision, dict[str, str]]:
     graph = model.graph
     float_nodes: dict[str, str] = {}
     chosen: dict[str, ir.Node] = {}
@@ -58,7 +63,7 @@ def _decide(model: ir.Model, forced: Mapping[str, str]) -> tuple[Decision, dict[
         if node.op_type in {"Constant", "Identity"}:
             continue
         name = node.name or ""
-        reason = forced.get(name) or refusal(node)
+        reason = forced.get(name) or refusal(node, bits)
         if reason:
             float_nodes[name] = reason
         else:
@@ -66,7 +71,7 @@ def _decide(model: ir.Model, forced: Mapping[str, str]) -> tuple[Decision, dict[
     fused = {
         name: producer.name or ""
         for name, node in chosen.items()
-        if (producer := _fusable(node)) is not None and producer.name in chosen
+        if (producer := _fusable(node, bits)) is not None and producer.name in chosen
     }
     for name in _trim(chosen, fused):
         float_nodes[name] = "no integer neighbour: rounding it would only add error"
@@ -74,7 +79,7 @@ def _decide(model: ir.Model, forced: Mapping[str, str]) -> tuple[Decision, dict[
     fused = {name: producer for name, producer in fused.items() if producer in chosen}
     activations, constants = _values(chosen, fused)
     groups = _groups(chosen, fused)
-    fixed, conflicts = _pins(chosen, fused, groups, activations)
+    pinned, conflicts = _pins(chosen, fused, groups, activations, bits)
     order = [n.name or "" for n in graph]
     decision = Decision(
         quantized=tuple(n for n in order if n in chosen),
@@ -83,7 +88,7 @@ def _decide(model: ir.Model, forced: Mapping[str, str]) -> tuple[Decision, dict[
         activations=tuple(activations),
         constants=tuple(constants),
         groups=tuple(tuple(g) for g in groups),
-        fixed=fixed,
+        fixed=pinned,
         outputs=_reach_output(graph, groups),
     )
     return decision, conflicts
@@ -130,12 +135,12 @@ def _str(node: ir.Node, name: str, default: str) -> str:
 
 
 # --- may this node be quantized at all? ------------------------------------------------------------------
-def refusal(node: ir.Node) -> str | None:
+def refusal(node: ir.Node, bits: Bits = 8) -> str | None:
     """Why the node cannot compute on integers whatever its ranges are, or None."""
     if node.outputs and all(v.dtype is not None and not v.dtype.is_floating_point() for v in node.outputs):
         return "it computes no real numbers"
-    if node.domain not in {"", "ai.onnx"} or node.op_type not in INTEGER:
-        return f"{node.op_type} has no integer form"
+    if node.domain not in {"", "ai.onnx"} or node.op_type not in integer(bits):
+        return f"{node.op_type} has no integer form" + ("" if bits == 8 else f" of {bits} bits")
     if not node.inputs or node.inputs[0] is None:
         return "no input"
     positions = data_inputs(node)
@@ -148,15 +153,15 @@ def refusal(node: ir.Node) -> str | None:
         return "its inputs are constant"
     if any(c.size and not np.abs(c).max() < HUGE for c in constants):
         return "a constant operand is as good as infinite"
-    return _refuse_weighted(node) if node.op_type in WEIGHTED else _refuse_other(node)
+    return _refuse_weighted(node, bits) if node.op_type in WEIGHTED else _refuse_other(node)
 
 
-def _refuse_weighted(node: ir.Node) -> str | None:
+def _refuse_weighted(node: ir.Node, bits: Bits) -> str | None:
     weight = weight_of(node)
     if node.op_type == "MatMul":
         if weight is None and any(M.constant(v) is not None for v in node.inputs):
             return "its constant operand is not a matrix on the right"
-        return _too_long(node) if weight is None else None
+        return _too_long(node) if weight is None and bits == 8 else None
     if weight is None:
         return "its weights are not constant"
     if node.op_type == "Gemm" and _int(node, "transA", 0):
@@ -215,9 +220,10 @@ def clip_bounds(node: ir.Node) -> tuple[float, float] | None:
 
 
 # --- is it worth it? ---------------------------------------------------------------------------------------
-def _fusable(node: ir.Node) -> ir.Node | None:
+def _fusable(node: ir.Node, bits: Bits) -> ir.Node | None:
     """The producer that a Relu or Clip can be fused into: its only reader, of an operator with a fused form."""
-    if clip_bounds(node) is None or node.inputs[0] is None:
+    bounds = clip_bounds(node)
+    if bounds is None or node.inputs[0] is None or (bits == 16 and bounds not in FUSED_BOUNDS):
         return None
     value = node.inputs[0]
     producer = value.producer()
@@ -302,27 +308,31 @@ def _groups(chosen: Mapping[str, ir.Node], fused: Mapping[str, str]) -> list[lis
 
 
 def _pins(
-    chosen: Mapping[str, ir.Node], fused: Mapping[str, str], groups: list[list[str]], activations: list[str]
+    chosen: Mapping[str, ir.Node],
+    fused: Mapping[str, str],
+    groups: list[list[str]],
+    activations: list[str],
+    bits: Bits,
 ) -> tuple[dict[str, Activation], dict[str, str]]:
     """Fixed parameters, spread over each group; and the joins that would force them on a value they do not fit."""
     produced: dict[str, ir.Node] = {v.name: n for n in chosen.values() for v in n.outputs if v.name}
     swallowed = set(fused.values())
-    fixed: dict[str, Activation] = {}
+    pinned: dict[str, Activation] = {}
     conflicts: dict[str, str] = {}
     for group in [*groups, *([name] for name in activations)]:
         sources = [n for n in group if n not in produced or produced[n].op_type not in MOVES]
         pins = {
-            FIXED.get(produced[n].op_type) if n in produced and produced[n].name not in swallowed else None
+            fixed(produced[n].op_type, bits) if n in produced and produced[n].name not in swallowed else None
             for n in sources
         }
         if len(pins) == 1 and (pin := next(iter(pins))) is not None:
-            fixed.update((n, pin) for n in group)
+            pinned.update((n, pin) for n in group)
         elif any(p is not None for p in pins):
             members = set(group)
             for name, node in chosen.items():
                 if node.op_type in JOINS and node.outputs[0].name in members:
                     conflicts[name] = "it joins values whose scales the scheme fixes differently"
-    return fixed, conflicts
+    return pinned, conflicts
 
 
 def _reach_output(graph: ir.Graph, groups: list[list[str]]) -> frozenset[str]:
@@ -333,11 +343,11 @@ def _reach_output(graph: ir.Graph, groups: list[list[str]]) -> frozenset[str]:
     return frozenset(reach)
 
 
-def candidate_values(model: ir.Model) -> Iterator[str]:
+def candidate_values(model: ir.Model, bits: Bits = 8) -> Iterator[str]:
     """Every computed float value beside a node that may be quantized: what must be observed before ranges decide."""
     seen: set[str] = set()
     for node in model.graph:
-        if refusal(node) is not None:
+        if refusal(node, bits) is not None:
             continue
         for value in [*(node.inputs[i] for i in data_inputs(node)), *node.outputs]:
             if value is None or not value.name or value.name in seen or value.dtype != FLOAT:

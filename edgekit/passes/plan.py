@@ -10,22 +10,22 @@ from typing import Any, Literal
 import numpy as np
 
 from edgekit.errors import ArtifactError
-from edgekit.scheme import FIXED_OUTPUT
+from edgekit.scheme import fixed_output
 
-# 1: first version
-PLAN_SCHEMA = 1
+# 1: first version; 2: activations have a number of bits
+PLAN_SCHEMA = 2
 
 Method = Literal["minmax", "percentile", "mse", "fixed", "constant"]
 Fate = Literal["removed", "kept"]
+Bits = Literal[8, 16]
 
-QMIN, QMAX = -128, 127
 # Smallest scale handed out: the product with a weight scale must stay a normal float32 (2**-126).
 MIN_SCALE = 2.0**-80
 
 
 @dataclass(frozen=True)
 class Activation:
-    """How one float32 tensor becomes int8: q = clip(round(x / scale) + zero_point, -128, 127).
+    """How one float32 tensor becomes an integer of `bits`: q = clip(round(x / scale) + zero_point), saturating.
 
     scale: a float32 value > 0. low, high: the range that was asked for, in the tensor's own unit; holds 0.
     """
@@ -35,11 +35,13 @@ class Activation:
     low: float
     high: float
     method: Method
+    bits: Bits = 8
 
     @property
     def limits(self) -> tuple[float, float]:
-        """The real values of q = -128 and q = 127."""
-        return (QMIN - self.zero_point) * self.scale, (QMAX - self.zero_point) * self.scale
+        """The real values of the lowest and the highest integer."""
+        low, high = integer_range(self.bits)
+        return (low - self.zero_point) * self.scale, (high - self.zero_point) * self.scale
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class QuantizationPlan:
     """
 
     weight_bits: int
+    activation_bits: Bits
     method: str
     quantized: tuple[str, ...]
     fused: dict[str, Fate]
@@ -125,8 +128,8 @@ class QuantizationPlan:
     def describe(self) -> list[str]:
         """Lines for a person: what is quantized, how, and what stays float and why."""
         lines = [
-            f"{len(self.quantized)} nodes in int8, {len(self.float_nodes)} in float; weights {self.weight_bits} bits, "
-            f"calibration {self.method} on {self.samples} samples"
+            f"{len(self.quantized)} nodes in int{self.activation_bits}, {len(self.float_nodes)} in float; "
+            f"weights {self.weight_bits} bits, calibration {self.method} on {self.samples} samples"
         ]
         for name, score in sorted(self.scores.items()):
             lines.append(f"  tried {name}: " + ", ".join(f"{k} {v:.4g}" for k, v in sorted(score.items())))
@@ -148,18 +151,31 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def activation(low: float, high: float, method: Method) -> Activation:
-    """Asymmetric int8 parameters for [low, high], widened to hold 0. A tensor that is always 0 gets [0, 1]."""
+def integer_range(bits: int) -> tuple[int, int]:
+    """The lowest and the highest integer."""
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
+def activation(low: float, high: float, method: Method, bits: Bits = 8) -> Activation:
+    """Parameters for [low, high], widened to hold 0: asymmetric in 8 bits, symmetric in 16.
+
+    A tensor that is always 0 gets [0, 1].
+    """
     low, high = min(float(low), 0.0), max(float(high), 0.0)
     if low == high:
         high = 1.0
-    scale = np.float32(max((high - low) / (QMAX - QMIN), MIN_SCALE))
-    zero_point = int(np.clip(np.rint(QMIN - low / float(scale)), QMIN, QMAX))
+    lowest, highest = integer_range(bits)
+    if bits == 16:
+        return Activation(float(np.float32(max(-low, high, MIN_SCALE * highest) / highest)), 0, low, high, method, 16)
+    scale = np.float32(max((high - low) / (highest - lowest), MIN_SCALE))
+    zero_point = int(np.clip(np.rint(lowest - low / float(scale)), lowest, highest))
     return Activation(float(scale), zero_point, low, high, method)
 
 
-# Softmax and Sigmoid write [0, 1), Tanh [-1, 1), whatever data say.
-FIXED: Mapping[str, Activation] = {
-    op: Activation(scale, zero, (QMIN - zero) * scale, (QMAX - zero) * scale, "fixed")
-    for op, (scale, zero) in FIXED_OUTPUT.items()
-}
+def fixed(op: str, bits: Bits) -> Activation | None:
+    """What an operator writes whatever data say: Softmax and Sigmoid [0, 1), Tanh [-1, 1)."""
+    if op not in fixed_output(bits):
+        return None
+    scale, zero = fixed_output(bits)[op]
+    low, high = integer_range(bits)
+    return Activation(scale, zero, (low - zero) * scale, (high - zero) * scale, "fixed", bits)

@@ -14,7 +14,7 @@ from edgekit.errors import NoCalibrationDataError, NonFiniteError, UnsupportedOp
 from edgekit.passes.apply_plan import apply_plan, folded, prepared, quantize_weight
 from edgekit.passes.calibrate import Observed, check_finite, feeds, fill_histograms, held_back, observe
 from edgekit.passes.decide import HUGE, Decision, candidate_values, clip_bounds, decide, weight_axis, weight_of
-from edgekit.passes.plan import Activation, Fate, Method, QuantizationPlan, Weight, activation
+from edgekit.passes.plan import Activation, Bits, Fate, Method, QuantizationPlan, Weight, activation
 
 if TYPE_CHECKING:
     from edgekit.dataset import Dataset
@@ -38,11 +38,14 @@ METHODS: tuple[Method, ...] = ("minmax", "mse", "percentile")
 class QuantizeInt8:
     """Static int8: asymmetric per-tensor activations, symmetric per-channel weights, int32 bias (LiteRT's scheme).
 
-    weight_bits: 7 for a CPU whose u8 x s8 kernels saturate, else 8. calibration: "auto" tries the three methods and
-    takes the one that leaves held-back samples closest to the float model. keep_float: names of nodes to leave alone.
+    weight_bits: 7 for a CPU whose u8 x s8 kernels saturate, else 8. activation_bits: 16 for symmetric int16 activations
+    on the same weights, summed in 64 bits. calibration: "auto" tries the three methods (of 16 bits only "minmax": there
+    is nothing to gain by clipping) and takes the one that leaves held-back samples closest to the float model.
+    keep_float: names of nodes to leave alone.
     """
 
     weight_bits: Literal[7, 8] = 8
+    activation_bits: Bits = 8
     calibration: Literal["auto", "minmax", "percentile", "mse"] = "auto"
     per_channel: bool = True
     batch_size: int = 32
@@ -67,17 +70,17 @@ class QuantizeInt8:
         seen = observe(
             model,
             data,
-            list(candidate_values(model)),
+            list(candidate_values(model, self.activation_bits)),
             batch_size=self.batch_size,
             held=held,
             means=_multiplied(model),
         )
-        decision = decide(model, forced)
+        decision = decide(model, forced, self.activation_bits)
         while extra := _unfit(model, decision, seen):
             forced |= extra
-            decision = decide(model, forced)
+            decision = decide(model, forced, self.activation_bits)
         check_finite(seen, decision.activations)
-        if self.calibration != "minmax":
+        if self.calibration != "minmax" and not (self.calibration == "auto" and self.activation_bits == 16):
             used = {name: seen[name] for name in decision.activations}
             fill_histograms(model, data, used, batch_size=self.batch_size, held=held)
         if self.calibration != "auto":
@@ -107,7 +110,8 @@ class QuantizeInt8:
             scores[name] = _score(apply_plan(model, trial), inputs, wanted, classes)
             return name
 
-        ways = {judge(method, True): (method, True) for method in METHODS}
+        methods = METHODS if self.activation_bits == 8 else METHODS[:1]
+        ways = {judge(method, True): (method, True) for method in methods}
         best = _best(scores)
         ways[judge(ways[best][0], False)] = (ways[best][0], False)
         method, corrected = ways[_best(scores)]
@@ -125,7 +129,7 @@ class QuantizeInt8:
         everything: bool = True,
         scores: dict[str, dict[str, float]] | None = None,
     ) -> QuantizationPlan:
-        activations = _activations(model, decision, seen, method, everything)
+        activations = _activations(model, decision, seen, method, everything, self.activation_bits)
         nodes = {node.name: node for node in model.graph}
         weights = {}
         for name in decision.quantized:
@@ -134,6 +138,7 @@ class QuantizeInt8:
                 weights[name] = self._weight(nodes[name], weight.name or "", activations)
         return QuantizationPlan(
             weight_bits=self.weight_bits,
+            activation_bits=self.activation_bits,
             method=method,
             quantized=decision.quantized,
             fused={name: _fate(nodes[name], activations) for name in decision.fused},
@@ -151,20 +156,24 @@ class QuantizeInt8:
         scale = activations[(source.name or "") if source is not None else ""].scale
         axis = weight_axis(node)
         array, bias = folded(node)
-        scales = weight_scales(array, axis, 2 ** (self.weight_bits - 1) - 1, scale, bias)
+        limit = 2 ** (self.weight_bits - 1) - 1
+        scales = weight_scales(array, axis, limit, scale, bias, wraps=self.activation_bits == 8)
         if not self.per_channel:
             scales = np.full_like(scales, scales.max())
         return Weight(value, axis, self.weight_bits, tuple(float(s) for s in scales))
 
 
-def weight_scales(weight: Array, axis: int, limit: int, input_scale: float, bias: Array | None) -> Array:
+def weight_scales(
+    weight: Array, axis: int, limit: int, input_scale: float, bias: Array | None, *, wraps: bool = True
+) -> Array:
     """float32 scale per channel of `axis`: max |w| / limit, raised where bias or sum would leave int32.
 
     bias: one value per output channel; more of them than channels (grouped ConvTranspose) share scales in turn.
+    wraps: whether sums are of 32 bits; the bias always is.
     """
     rows = np.abs(np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1).astype(np.float64))
     largest, total = rows.max(axis=1, initial=0.0), rows.sum(axis=1)
-    scales = np.maximum(largest / limit, total * 255 / HALF_RANGE)
+    scales = np.maximum(largest / limit, total * 255 / HALF_RANGE if wraps else 0.0)
     if bias is not None:
         offset = np.abs(bias).reshape(-1, len(scales)).max(axis=0)
         # a channel without weights only adds its bias: 20 bits of it are plenty
@@ -263,7 +272,7 @@ def _span(value: ir.Value, seen: dict[str, Observed]) -> float | None:
 
 
 def _activations(
-    model: ir.Model, decision: Decision, seen: dict[str, Observed], method: Method, everything: bool
+    model: ir.Model, decision: Decision, seen: dict[str, Observed], method: Method, everything: bool, bits: Bits
 ) -> dict[str, Activation]:
     """Parameters of every value; members of a group share the union of their ranges."""
     ranges: dict[str, tuple[float, float, Method]] = {}
@@ -283,7 +292,7 @@ def _activations(
     for group in [*groups, *((n,) for n in ranges if n not in grouped)]:
         members = [ranges[n] for n in group if n in ranges]
         ways = {m[2] for m in members} - {"constant"} or {"constant"}
-        shared = activation(min(m[0] for m in members), max(m[1] for m in members), sorted(ways)[0])
+        shared = activation(min(m[0] for m in members), max(m[1] for m in members), sorted(ways)[0], bits)
         out.update((n, decision.fixed.get(n, shared)) for n in group if n in ranges)
     return {name: out[name] for name in ranges}
 

@@ -18,6 +18,7 @@ from edgekit.backends.reference.values import Array, Quantized, Real, Value, is_
 from edgekit.errors import ConversionMismatchError, UnsupportedOpError
 
 INT32_MAX = 2**31 - 1
+INT48_MAX = 2**47 - 1  # what LiteRT's requantization of 64-bit sums takes (kernels/internal/common.h)
 # |s_bias / (s_x * s_w) - 1| below which a bias counts as given in accumulator units: float32 rounding of a product
 BIAS_SCALE_TOLERANCE = 2.0**-20
 CHUNK_ELEMENTS = 2**21  # accumulator elements computed at a time: a few MB, so that they stay in the cache
@@ -66,9 +67,11 @@ def _integer(
         acc += _bias(bias.centred(), acc.ndim, op.out_channel)
     if acc.size:
         peak = int(max(acc.max(), -acc.min()))
-        if peak > INT32_MAX:
+        most, accumulator = (INT48_MAX, "int64") if x.q.dtype == np.int16 else (INT32_MAX, "int32")
+        if peak > most:
+            told = f"the {accumulator} accumulator of {op.node.op_type} '{op.node.name}' reaches {peak}"
             raise ConversionMismatchError(
-                f"the int32 accumulator of {op.node.op_type} '{op.node.name}' reaches {peak} and wraps in real kernels",
+                f"{told} and wraps in real kernels",
                 "raise its weight scale or keep it in float",
             )
     acc *= _bias(multiplier, acc.ndim, op.out_channel)

@@ -13,13 +13,14 @@ import onnx_ir as ir
 
 from edgekit import model as M
 from edgekit.errors import DiskError, LabelError, UnsupportedOpError
+from edgekit.target import STATIC
 
 if TYPE_CHECKING:
     from edgekit.backends import About
     from edgekit.backends.tflite.lowering import Lowered, Refusal
 
 NAME = "tflite"
-PRECISIONS = ("float32", "float16", "int8", "int8-dynamic", "int8-weights")
+PRECISIONS = ("float32", "float16", "int8", "int8x16", "int8-dynamic", "int8-weights")
 RUNNER = Path(__file__).parent.parent / "runners" / "tflite.py"
 FILE = "model.tflite"
 _TOLD = 8  # refusals that one error line spells out
@@ -55,11 +56,11 @@ def lower(model: ir.Model, precision: str, folder: Path, about: About | None = N
     """Write model.tflite. Nothing is written if a node is refused: the error names every one.
 
     float16: weights in float16, arithmetic in float32. int8-weights: the same with int8 weights. int8-dynamic: float32
-    activations, quantized row by row as kernels run. int8: what the QDQ model says.
+    activations, quantized row by row as kernels run. int8, int8x16: what the QDQ model says.
     """
     from edgekit.backends.tflite import check, weights
 
-    lowered, notes = _lowered(model, "float32" if about is None or precision != "int8" else about.io)
+    lowered, notes = _lowered(model, "float32" if about is None or precision not in STATIC else about.io)
     if lowered.refusals:
         raise UnsupportedOpError(f"LiteRT cannot take this model: {_told(lowered.refusals)}", "leave this backend out")
     if precision in ("float16", "int8-weights", "int8-dynamic"):
@@ -68,7 +69,7 @@ def lower(model: ir.Model, precision: str, folder: Path, about: About | None = N
         notes.append(f"computed in float between int8: {_names(lowered.islands)}")
     if lowered.requantized:
         notes.append(f"requantized from one scale to another: {_names(lowered.requantized)}")
-    if precision == "int8":
+    if precision in STATIC:
         notes += check.remarks(lowered.graph)
     data, told = _file(lowered, M.signature(model), about)
     notes += told

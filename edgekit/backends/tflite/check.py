@@ -22,7 +22,7 @@ def remarks(graph: Graph) -> list[str]:
     """One line each; empty for a graph that runs whole in XNNPACK's kernels."""
     slow = Counter(o.code for o in graph.operators if o.code not in FREE and not delegated(o))
     out = []
-    if slow and any(o.outputs[0].kind == "qint8" for o in graph.operators):
+    if slow and any(o.outputs[0].kind in ("qint8", "qint16") for o in graph.operators):
         told = ", ".join(f"{count} {code}" for code, count in slow.most_common())
         out.append(f"run by LiteRT's own kernels, not XNNPACK's: {told}")
     wrapping = [o.source for o in graph.operators if overflows(o)]

@@ -58,8 +58,20 @@ def dense(
     out = n.outputs[0]
     kernel = e.constant(np.ascontiguousarray(weight), n.require(1).name, quant)
     inputs = [tensor, kernel, bias_tensor(e, n, tensor, kernel, len(weight), bias, bias_quant)]
+    if out.rank > 2 and tensor.kind == "qint16":
+        return _flat(e, n, inputs, len(weight))
     e.emit(out, "FULLY_CONNECTED", inputs, identity(out.rank),
            fusedActivationFunction=n.activation, keepNumDims=out.rank != 2, weightsFormat="DEFAULT")  # fmt: skip
+
+
+def _flat(e: Emitter, n: Node, inputs: list[Tensor], outputs: int) -> None:
+    """With all rows on one axis: tflite-runtime 2.14's int16 kernel computes as many rows as the first axis has."""
+    x, out = inputs[0], n.outputs[0]
+    grown = {0} if x.dynamic else set()
+    rows = e.reshape(x, (int(np.prod(x.shape[:-1])), x.shape[-1]), grown)
+    y = e.op("FULLY_CONNECTED", [rows, *inputs[1:]], (rows.shape[0], outputs), quant=out.quant, dynamic=grown,
+             fusedActivationFunction=n.activation, keepNumDims=False, weightsFormat="DEFAULT")  # fmt: skip
+    e.define(out, e.reshape(y, out.shape, out.dynamic, out.name))
 
 
 def bias_tensor(

@@ -12,7 +12,7 @@ from edgekit.backends.tflite.emitter import Emitter, identity
 from edgekit.backends.tflite.graph import Array, Layout, Quant, Tensor, per_tensor
 from edgekit.backends.tflite.prepare import activation_of
 from edgekit.backends.tflite.values import Node, Refused, Value
-from edgekit.scheme import FIXED_OUTPUT
+from edgekit.scheme import fixed_output
 
 _NO_ACTIVATION = frozenset({"MAXIMUM", "MINIMUM"})
 
@@ -89,13 +89,15 @@ def existing(e: Emitter, value: Value) -> Layout:
 
 
 def _check_fixed(n: Node, out: Value) -> None:
-    """int8 kernels of these write one scale, whatever the tensor says."""
-    wanted = FIXED_OUTPUT.get(n.op)
-    if wanted is None or out.quant is None or out.dtype != np.int8:
+    """Integer kernels of these write one scale, whatever the tensor says."""
+    bits = 8 * out.dtype.itemsize
+    wanted = fixed_output(bits).get(n.op)
+    if wanted is None or out.quant is None:
         return
     if not np.isclose(out.quant.scale, wanted[0], rtol=1e-6) or out.quant.zero != wanted[1]:
         raise Refused(
-            f"LiteRT's int8 {n.op} writes scale {wanted[0]:g} and zero point {wanted[1]}", "quantize anew with edgekit"
+            f"LiteRT's int{bits} {n.op} writes scale {wanted[0]:g} and zero point {wanted[1]}",
+            "quantize anew with edgekit",
         )
 
 
