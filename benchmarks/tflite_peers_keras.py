@@ -1,8 +1,8 @@
 """The peer's side of tflite_peers.py, in an interpreter that has TensorFlow: models, data, and TFLiteConverter's files.
 
-    python tflite_peers_keras.py FOLDER NAME [MODEL FILE, SCALE, MEAN]
+    python tflite_peers_keras.py FOLDER NAME [MODEL FILE]
 
-Writes FOLDER/NAME/{model.keras, data.npz, float32/model.tflite, int8/model.tflite} and prints one line of JSON.
+Writes FOLDER/NAME/{model.keras, data.npz, float32/model.tflite, int8/model.tflite}; the last line is JSON.
 """
 
 import json
@@ -19,6 +19,14 @@ import numpy as np
 import tensorflow as tf
 
 SIZE, SAMPLES = 96, 64
+
+
+class Depthwise(keras.layers.DepthwiseConv2D):
+    """As Keras 2 wrote it into .h5 files, with an argument that Keras 3 does not know."""
+
+    def __init__(self, **config: object) -> None:
+        config.pop("groups", None)
+        super().__init__(**config)
 
 
 def built(name: str) -> keras.Model:
@@ -51,21 +59,29 @@ def main() -> None:
     home = folder / name
     home.mkdir(parents=True, exist_ok=True)
     if len(sys.argv) > 3:
-        model = keras.models.load_model(sys.argv[3])
+        model = keras.models.load_model(sys.argv[3], custom_objects={"DepthwiseConv2D": Depthwise}, compile=False)
         shape = (SAMPLES, *model.inputs[0].shape[1:])
-        data = np.random.default_rng(1).uniform(0, 1, shape).astype(np.float32)
+        rng = np.random.default_rng(1)
+        whole = "int" in str(model.inputs[0].dtype)
+        data = rng.integers(0, 60, shape).astype(np.int32) if whole else rng.uniform(0, 1, shape).astype(np.float32)
     else:
         model = built(name)
         data = np.random.default_rng(1).uniform(0, 255, (SAMPLES, SIZE, SIZE, 3)).astype(np.float32)
-    model.save(home / "model.keras")
+    if len(sys.argv) == 3:
+        model.save(home / "model.keras")
     np.savez(home / "data.npz", x=data)
     facts = {}
     for precision in ("float32", "int8"):
         (home / precision).mkdir(exist_ok=True)
-        file, seconds = converted(model, data, precision == "int8")
-        (home / precision / "model.tflite").write_bytes(file)
-        facts[precision] = {"bytes": len(file), "seconds": seconds}
-    print(json.dumps(facts))
+        try:
+            file, seconds = converted(model, data, precision == "int8")
+        except Exception as error:  # whatever it throws: the row says that there is no file
+            lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            facts[precision] = {"error": lines[0][:200]}
+        else:
+            (home / precision / "model.tflite").write_bytes(file)
+            facts[precision] = {"bytes": len(file), "seconds": seconds}
+        print(json.dumps(facts), flush=True)  # each time: it may abort at the next
 
 
 main()
