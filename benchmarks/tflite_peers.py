@@ -4,8 +4,8 @@
 
 Claims, by name: float32 within 1e-5 of ONNX Runtime, relative to the largest output, or within what ONNX Runtime's own
 optimizations change (deep random networks amplify rounding); files at most 2 % larger (unrolled recurrent layers
-excepted); p50 at most 1.03 of the peer's, measured in turns in one run, one thread; no TRANSPOSE; lowering in at most 2 s and in memory
-of 5 times the model's size (and 16 MB for Python). Prints a table, exits 1 on a broken claim.
+excepted); p50 at most 1.03 of the peer's, measured in turns in one run, one thread; no TRANSPOSE; lowering in at most
+2 s and in memory of 5 times the model's size (and 16 MB for Python). Prints a table, exits 1 on a broken claim.
 """
 
 from __future__ import annotations

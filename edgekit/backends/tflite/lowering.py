@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from edgekit.backends.tflite.broadcast import narrow
 from edgekit.backends.tflite.emitter import Emitter, identity
 from edgekit.backends.tflite.expand import expand
 from edgekit.backends.tflite.graph import Graph, Quant, Tensor
@@ -82,6 +83,7 @@ class _Walk:
         if not self.out.refusals:
             self._outputs()
             clean(self.e.graph)
+            narrow(self.e.graph)
         return self.out
 
     def _node(self, node: Node) -> None:
