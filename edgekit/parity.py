@@ -8,6 +8,7 @@ checks them all.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -223,7 +224,8 @@ def _fed_shape(tensor: ir.Value, seen: tuple[int, ...] | None, dynamic: bool) ->
         # any axis as long as the batch may be the batch: time-major recurrent layers have it on axis 1
         open_size = dynamic and (not sizes or size == seen[0])
         name = known.value if isinstance(known, ir.SymbolicDim) else None
-        sizes.append(known if isinstance(known, int) else name if open_size else size)
+        # a declared size that a run contradicts is an exporter's mistake
+        sizes.append(known if isinstance(known, int) and known == size else name if open_size else size)
     return ir.Shape(sizes)
 
 
@@ -278,26 +280,66 @@ def check(
     """
     reference = Reference(model)
     tensors = [n.outputs[0].name or "" for n in model.graph if n.op_type == "QuantizeLinear"]
-    tally, whole = _Tally(), _Whole(model)
-    loose: Loose | None = None
-    unreadable: str | None = None
+    forced, whole = _Forced(model, run), _Whole(model)
     samples = 0
     for inputs in batches:
         expected = {**inputs, **reference.run(inputs, tensors)}
         samples += len(next(iter(inputs.values())))
-        if loose is None:
-            loose = teacher_forced(model, shapes={t: expected[t].shape for t in tensors})
-        if unreadable is None:
-            try:
-                tally.add(loose, expected, run(loose.model, _feeds(loose, expected)))
-            except Unreadable as error:
-                unreadable = str(error)
+        forced.add(expected, {t: expected[t].shape for t in tensors})
         whole.add(expected, end_to_end(inputs))
-    skipped = (*(loose.skipped if loose is not None else ()), *tally.absent.items())
-    if unreadable is not None:
-        tally = _Tally()
-        skipped = (*skipped, ("every operator", unreadable))
-    return _record(samples, tally, whole, skipped, [] if loose is None else loose.units)
+    skipped = forced.skipped()
+    return _record(samples, forced.tally, whole, skipped, forced.units())
+
+
+class _Forced:
+    """The cut model on a backend, its batch as open as the model's or, where that fails, of the first batch's size.
+
+    A shorter last batch is left out: tensors that hold the batch on another axis than the first have one size.
+    """
+
+    def __init__(self, model: ir.Model, run: Callable[[ir.Model, Tensors], Tensors]) -> None:
+        self.model, self.run = model, run
+        self.tally = _Tally()
+        self.tried: list[Loose] = []
+        self.rows = 0  # of the first batch
+        self.unreadable: str | None = None
+
+    def add(self, expected: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        rows = len(expected[M.signature(self.model).inputs[0].name])
+        if self.unreadable is not None or self.rows not in (0, rows):
+            return
+        self.rows = rows
+        first = not self.tried
+        if first:
+            self.tried.append(teacher_forced(self.model, shapes=shapes))
+        try:
+            self._add(expected)
+            return
+        except Unreadable as error:
+            self.unreadable = str(error)
+        if first and M.batch_of(M.signature(self.model)) is None:
+            self.tried.append(teacher_forced(M.with_batch(self.model, rows), shapes=shapes))
+            with suppress(Unreadable):
+                self._add(expected)
+                self.unreadable = None
+
+    def _add(self, expected: Tensors) -> None:
+        loose = self.tried[-1]
+        got = self.run(loose.model, _feeds(loose, expected))
+        odd = [o for o, t in loose.reads.items() if o in got and got[o].shape != expected[t].shape]
+        if odd and len(self.tried) == 1 and M.batch_of(M.signature(self.model)) is None:
+            raise Unreadable(f"'{odd[0]}' has another shape with an open batch")
+        self.tally.add(loose, expected, got)
+
+    def units(self) -> tuple[Unit, ...]:
+        return self.tried[-1].units if self.tried else ()
+
+    def skipped(self) -> tuple[tuple[str, str], ...]:
+        told = self.tried[-1].skipped if self.tried else ()
+        if self.unreadable is None:
+            return (*told, *self.tally.absent.items())
+        self.tally = _Tally()
+        return (*told, ("every operator", self.unreadable))
 
 
 def _feeds(loose: Loose, expected: Tensors) -> Tensors:

@@ -287,6 +287,24 @@ def test_a_runtime_that_cannot_be_read_is_recorded():
     assert record.label_agreement is not None  # end to end was still compared
 
 
+def test_a_runtime_that_needs_a_fixed_batch_gets_one_and_the_short_last_batch_is_left_out():
+    seen: list[tuple[bool, int]] = []
+
+    def run(model: ir.Model, inputs: Tensors) -> Tensors:
+        batch = M.batch_of(M.signature(model))
+        seen.append((batch is not None, len(inputs["x"])))
+        if batch is None:
+            raise parity.Unreadable("wants all sizes")
+        return execute(model, inputs)
+
+    model = quantized_net()
+    record = parity.check(model, run, whole(model), batches())
+    assert seen == [(False, 8), (True, 8), (True, 8)]
+    assert record.per_op_max_lsb == 0
+    assert not record.skipped
+    assert record.samples == 8 + 8 + 5  # end to end, all of them
+
+
 def test_another_shape_is_as_wrong_as_can_be():
     model = quantized_net()
     record = parity.check(model, altered("poolq", lambda y: y[:, None]), whole(model), batches())

@@ -418,3 +418,25 @@ def test_a_loop_reads_outer_values():
     g.node("Loop", [g.const("trips", np.asarray(3)), g.const("go", np.asarray(True)), x], "out", body=body)
     got = execute(from_proto(g.proto({"out": TensorProto.FLOAT})), {"x": np.array([2, 4, -2], np.int8)})["out"]
     np.testing.assert_array_equal(got, [4.0, 14.0, 2.0])
+
+
+def test_what_a_loop_collects_is_stacked():
+    """As the standard says, and ONNX Runtime does; onnx's own evaluator appends it along axis 0."""
+    body = helper.make_graph(
+        [helper.make_node("Add", ["v", "v"], ["w"]), helper.make_node("Identity", ["c"], ["c2"]),
+         helper.make_node("Identity", ["w"], ["row"])],
+        "body",
+        [helper.make_tensor_value_info(n, t, s) for n, t, s in
+         [("i", TensorProto.INT64, ()), ("c", TensorProto.BOOL, ()), ("v", TensorProto.FLOAT, (2, 3))]],
+        [helper.make_tensor_value_info("c2", TensorProto.BOOL, ()),
+         helper.make_tensor_value_info("w", TensorProto.FLOAT, (2, 3)),
+         helper.make_tensor_value_info("row", TensorProto.FLOAT, (2, 3))],
+    )  # fmt: skip
+    g = Graph()
+    x = g.dq(g.input("x", (2, 3)), 0.5, np.asarray(0, np.int8))
+    operands = [g.const("trips", np.asarray(4)), g.const("go", np.asarray(True)), x]
+    g.nodes.append(helper.make_node("Loop", operands, ["last", "rows"], body=body))
+    model = from_proto(g.proto({"rows": TensorProto.FLOAT}))
+    given = np.arange(6, dtype=np.int8).reshape(2, 3)
+    got = execute(model, {"x": given})["rows"]
+    np.testing.assert_array_equal(got, np.stack([given * 0.5 * 2**k for k in range(1, 5)]))

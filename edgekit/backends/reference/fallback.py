@@ -14,6 +14,8 @@ from edgekit.errors import UnsupportedOpError
 
 # python loops over elements or time steps in onnx.reference: minutes where a runtime takes milliseconds
 SLOW_IN_PYTHON = {"LSTM", "GRU", "RNN", "Resize", "Upsample", "NonMaxSuppression", "RoiAlign", "GridSample", "Einsum"}
+# onnx 1.23's reference appends a Loop's scan outputs along axis 0 where the standard stacks them
+ELSEWHERE = SLOW_IN_PYTHON | {"Loop", "Scan"}
 
 Runner = Callable[[list[Array | None]], list[Array]]
 
@@ -23,7 +25,7 @@ def runner(node: ir.Node, opsets: Mapping[str, int], *, slow: bool = False) -> R
 
     slow: ONNX's reference even for the operators that it loops over in Python; for tensors of a few elements.
     """
-    if node.domain not in ("", "ai.onnx") or (node.op_type in SLOW_IN_PYTHON and not slow):
+    if node.domain not in ("", "ai.onnx") or (node.op_type in ELSEWHERE and not slow):
         return _onnxruntime(node, opsets)
     return _onnx_reference(node, opsets)
 
