@@ -97,6 +97,14 @@ def test_recurrent_layers_as_onnx_runtime(op: str, case: dict[str, Any]) -> None
     assert difference(litert(model, feeds), onnxruntime(model, feeds)) <= bound
 
 
+def test_an_open_batch_needs_no_slice_per_step() -> None:
+    """XNNPACK takes no slice of an open batch."""
+    nodes = [onnx.helper.make_node("GRU", ["x", "w", "r"], ["", "y"], hidden_size=5, linear_before_reset=1)]
+    weights = {"w": normal(0, 1, 15, 3), "r": normal(1, 1, 15, 5)}
+    model = build(nodes, {"x": (np.float32, (4, "n", 3))}, ["y"], weights)
+    assert "SLICE" not in operators(model)
+
+
 @pytest.mark.parametrize("op", sorted(GATES))
 @pytest.mark.parametrize("state", [None, "input"])
 def test_batch_first_is_the_same_with_axes_renamed(op: str, state: str | None) -> None:

@@ -11,7 +11,14 @@ import pytest
 from onnx import helper
 
 from edgekit import model as M
+from edgekit.backends.reference import Reference
+from edgekit.backends.tflite.lowering import lower
+from edgekit.backends.tflite.writer import write
+from edgekit.dataset import random_dataset
 from edgekit.passes.fold import Fold
+from edgekit.passes.quantize import QuantizeInt8
+from tests.models import attention
+from tests.tflite_interpreter import run
 from tests.tflite_single import BOUND, Array, build, difference, litert, normal, onnxruntime, operators
 
 pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert")
@@ -144,3 +151,42 @@ def test_an_addend_that_is_no_row_stays(shape: tuple[int, ...]) -> None:
     given = {"x": normal(2, 2, 3, 4)}
     assert "ADD" in operators(model)
     assert difference(litert(model, given), onnxruntime(model, given)) <= BOUND
+
+
+@pytest.mark.parametrize("io", ["float32", "int8"])
+def test_the_core_of_an_int8_attention_is_float_unless_integers_are_asked_for(io: str) -> None:
+    model = Fold()(attention(), None)
+    data = random_dataset(M.signature(model), 32)
+    quantized = QuantizeInt8()(model, data)
+    result = lower(quantized, io)
+    assert not result.refusals
+    kinds = {(o.code, o.inputs[0].kind) for o in result.graph.operators if o.inputs[0] is not None}
+    core = {kind for code, kind in kinds if code in ("BATCH_MATMUL", "SOFTMAX")}
+    assert core == {"float32"} if io == "float32" else "qint8" in core
+    if io == "float32":
+        inputs = next(data.batches(32)).inputs
+        got = run(bytes(write([result.graph], "test")), inputs)
+        for name, want in Reference(quantized).run(inputs).items():
+            step = float(np.abs(want).max()) / 127
+            assert np.abs(got[name] - want).max() <= 1.01 * step
+
+
+@pytest.mark.parametrize("batch", ["n", 2])
+def test_slices_that_make_up_the_whole_are_one_split_where_the_batch_is_open(batch: Any) -> None:
+    def model(parts: list[tuple[int, int]]) -> onnx.ModelProto:
+        weights = {f"{k}{i}": np.array([v]) for i, (s, e) in enumerate(parts) for k, v in {"s": s, "e": e}.items()}
+        nodes = [helper.make_node("Slice", ["x", f"s{i}", f"e{i}", "axis"], [f"y{i}"]) for i in range(len(parts))]
+        outputs = [f"y{i}" for i in range(len(parts))]
+        return build(nodes, {"x": (np.float32, (batch, 6, 4))}, outputs, {**weights, "axis": np.array([1])})
+
+    given = {"x": normal(0, 2, 6, 4)}
+    for parts, whole in (
+        ([(4, 6), (0, 2), (2, 4)], True),
+        ([(0, 3), (3, 6)], True),
+        ([(0, 2), (2, 6)], False),
+        ([(0, 3), (2, 5)], False),
+        ([(0, 2), (2, 4)], False),
+    ):
+        net = model(parts)
+        assert (operators(net) == ["SPLIT"]) == (whole and batch == "n"), parts
+        assert difference(litert(net, given), onnxruntime(net, given)) == 0

@@ -73,12 +73,6 @@ class _Cell:
         six = self.two("ADD", scaled, self.e.constant(np.float32(6 * activation.offset)), "RELU6")
         return self.two("MUL", six, self.e.constant(np.float32(1 / 6)))
 
-    def part(self, x: Tensor, first: int, count: int) -> Tensor:
-        """Gates `first` to `first + count` of (batch, gates · hidden)."""
-        begin = self.e.constant(np.array([0, first * self.hidden], np.int32))
-        size = self.e.constant(np.array([-1, count * self.hidden], np.int32))
-        return self.e.op("SLICE", [x, begin, size], (x.shape[0], count * self.hidden), dynamic=x.dynamic)
-
     def parts(self, x: Tensor) -> list[Tensor]:
         """Each gate of (batch, gates · hidden)."""
         count = x.shape[1] // self.hidden
@@ -105,11 +99,12 @@ class _Cell:
 
 
 _State = tuple[Tensor, Tensor | None]
+_Inputs = tuple[Tensor, ...]  # W·x + Wb of one step, by groups of gates
 
 
-def _lstm(c: _Cell, x: Tensor, h: Tensor | None, memory: Tensor | None) -> _State:
-    """ONNX's gates come as input, output, forget, cell; x holds W·x + Wb."""
-    let_in, let_out, keep, fresh = c.parts(c.recurrent(x, h, 0, 4))
+def _lstm(c: _Cell, x: _Inputs, h: Tensor | None, memory: Tensor | None) -> _State:
+    """ONNX's gates come as input, output, forget, cell."""
+    let_in, let_out, keep, fresh = c.parts(c.recurrent(x[0], h, 0, 4))
     gate, squash, out = c.activations
     kept = c.two("MUL", c.one(gate, c.peeped(let_in, memory, 0)), c.one(squash, fresh))
     if memory is not None:
@@ -119,12 +114,12 @@ def _lstm(c: _Cell, x: Tensor, h: Tensor | None, memory: Tensor | None) -> _Stat
     return c.two("MUL", let_out, clipped.one(out, kept)), kept
 
 
-def _gru(c: _Cell, x: Tensor, h: Tensor | None, memory: Tensor | None) -> _State:
+def _gru(c: _Cell, x: _Inputs, h: Tensor | None, memory: Tensor | None) -> _State:
     """ONNX's gates come as update, reset, hidden; the state is new + update · (old − new)."""
     gate, squash = c.activations
-    opened = c.one(gate, c.recurrent(c.part(x, 0, 2), h, 0, 2))
+    opened = c.one(gate, c.recurrent(x[0], h, 0, 2))
     update, reset = c.parts(opened)
-    sums = c.part(x, 2, 1)
+    sums = x[1]
     if c.reset_after and (h is not None or c.rows(c.rb, 2).any()):
         bias = c.row(c.rows(c.rb, 2))
         inner = bias if h is None else c.dense(h, c.rows(c.r, 2), c.rows(c.rb, 2))
@@ -137,11 +132,13 @@ def _gru(c: _Cell, x: Tensor, h: Tensor | None, memory: Tensor | None) -> _State
     return c.two("ADD", fresh, c.two("MUL", update, c.two("SUB", h, fresh))), None
 
 
-def _rnn(c: _Cell, x: Tensor, h: Tensor | None, memory: Tensor | None) -> _State:
-    return c.one(c.activations[0], c.recurrent(x, h, 0, 1)), None
+def _rnn(c: _Cell, x: _Inputs, h: Tensor | None, memory: Tensor | None) -> _State:
+    return c.one(c.activations[0], c.recurrent(x[0], h, 0, 1)), None
 
 
 _STEPS = {"LSTM": _lstm, "GRU": _gru, "RNN": _rnn}
+# gates of which the inputs' products are needed together
+_GROUPS = {"LSTM": (4,), "GRU": (2, 1), "RNN": (1,)}
 
 
 def _recurrent(e: Emitter, n: Node) -> None:
@@ -232,9 +229,13 @@ def _run(
     c: _Cell, op: str, x: Tensor, steps: int, backwards: bool, h: Tensor | None, memory: Tensor | None
 ) -> tuple[list[Tensor], Tensor | None]:
     """The state after each step, by its place in time."""
-    inputs = c.dense(x, c.w, c.wb, wide=True)
     line: list[Tensor | None] = [None] * steps
-    rows = _unpacked(c.e, inputs, steps)
+    groups, first = [], 0
+    for count in _GROUPS[op]:
+        product = c.dense(x, c.rows(c.w, first, count), c.rows(c.wb, first, count), wide=True)
+        groups.append(_unpacked(c.e, product, steps))
+        first += count
+    rows = list(zip(*groups, strict=True))
     for t in reversed(range(steps)) if backwards else range(steps):
         h, memory = _STEPS[op](c, rows[t], h, memory)
         line[t] = h
