@@ -225,6 +225,32 @@ def bench(as_json: bool, **given: Any) -> None:
 
 
 @main.command()
+@click.argument("files", nargs=-1, required=True, metavar="NAME=FILE...")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The .tflite to write."
+)
+@_json_option
+def join(files: tuple[str, ...], out: Path, as_json: bool) -> None:
+    """Make one .tflite of several, each (a .tflite or an artifact folder) under a signature NAME."""
+    from edgekit.errors import UsageError
+    from edgekit.join import join as joined
+
+    named: dict[str, Path] = {}
+    for text in files:
+        name, separator, path = text.partition("=")
+        if not separator or not name or not path or name in named:
+            raise UsageError(f"'{text}' is no new NAME=FILE", "give each file a name of its own: encode=a.tflite")
+        named[name] = Path(path)
+    document = joined(named, out)
+    if as_json:
+        return _emit(document)
+    click.echo(
+        f"{out}: {', '.join(document['signatures'])}; {document['size_bytes']:,} bytes, "
+        f"{document['apart_bytes']:,} apart; each gives the same bits as its file"
+    )
+
+
+@main.command()
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
 @click.option("--data", help="Test data, with labels if you have them.")

@@ -26,7 +26,7 @@ def write(graphs: Sequence[Graph], description: str, metadata: Mapping[str, byte
             f"the weights are {total / 1e9:.1f} GB; a .tflite holds at most 2 GB",
             "use --precision int8 or another backend",
         )
-    return _Writer(graphs, description, metadata).pack(total)
+    return pack(_Writer(graphs, description, metadata).model, total)
 
 
 def _tensors(graph: Graph) -> Iterator[Tensor]:
@@ -43,6 +43,36 @@ def _tensors(graph: Graph) -> Iterator[Tensor]:
     return iter(seen)
 
 
+def aligned(schema: Any, data: Array | None) -> Any:
+    """A buffer whose bytes start at a multiple of 16; the generated Pack gives 4. data: None or empty for none."""
+
+    class Buffer(schema.BufferT):  # type: ignore[misc]
+        def Pack(self, builder: Any) -> Any:
+            if data is None or data.size == 0:
+                return super().Pack(builder)
+            raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+            builder.StartVector(1, len(raw), _ALIGNMENT)
+            builder.head = builder.head - len(raw)
+            builder.Bytes[builder.head : builder.head + len(raw)] = raw
+            vector = builder.EndVector()
+            schema.BufferStart(builder)
+            schema.BufferAddData(builder, vector)
+            return schema.BufferEnd(builder)
+
+    return Buffer()
+
+
+def pack(model: Any, size: int) -> bytearray:
+    """The bytes of a ModelT. size: of its buffers, which decides how much memory is taken at once."""
+    import flatbuffers
+
+    builder = flatbuffers.Builder(size + size // 64 + 65536)
+    builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
+    out: bytearray = builder.Bytes
+    del out[: builder.head]  # in place: Output() would copy all weights
+    return out
+
+
 class _Writer:
     def __init__(self, graphs: Sequence[Graph], description: str, metadata: Mapping[str, bytes]) -> None:
         from ai_edge_litert import schema_py_generated as schema
@@ -51,7 +81,7 @@ class _Writer:
         self.model = schema.ModelT()
         self.model.version = _SCHEMA_VERSION
         self.model.description = description
-        self.model.buffers = [self._buffer(None)]  # buffer 0 is empty by convention
+        self.model.buffers = [aligned(schema, None)]  # buffer 0 is empty by convention
         self.model.operatorCodes, self.model.subgraphs, self.model.signatureDefs = [], [], []
         self.codes: dict[tuple[int, int], int] = {}
         self.stored: dict[bytes, int] = {}
@@ -59,41 +89,13 @@ class _Writer:
             self._subgraph(graph, index)
         self.model.metadata = [self._metadata(name, data) for name, data in metadata.items()]
 
-    def pack(self, size: int) -> bytearray:
-        import flatbuffers
-
-        builder = flatbuffers.Builder(size + size // 64 + 65536)
-        builder.Finish(self.model.Pack(builder), file_identifier=b"TFL3")
-        out: bytearray = builder.Bytes
-        del out[: builder.head]  # in place: Output() would copy all weights
-        return out
-
-    def _buffer(self, data: Array | None) -> Any:
-        """A buffer whose bytes start at a multiple of 16; the generated Pack gives 4."""
-        schema = self.schema
-
-        class Buffer(schema.BufferT):  # type: ignore[misc, name-defined]
-            def Pack(self, builder: Any) -> Any:
-                if data is None or data.size == 0:
-                    return super().Pack(builder)
-                raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
-                builder.StartVector(1, len(raw), _ALIGNMENT)
-                builder.head = builder.head - len(raw)
-                builder.Bytes[builder.head : builder.head + len(raw)] = raw
-                vector = builder.EndVector()
-                schema.BufferStart(builder)
-                schema.BufferAddData(builder, vector)
-                return schema.BufferEnd(builder)
-
-        return Buffer()
-
     def _store(self, data: Array) -> int:
         """Index of the buffer that holds these bytes; equal ones are one."""
         raw = np.ascontiguousarray(data.astype(np.uint8) if data.dtype == np.bool_ else data)
         key = hashlib.sha256(raw.reshape(-1).view(np.uint8).data).digest()
         if key not in self.stored:
             self.stored[key] = len(self.model.buffers)
-            self.model.buffers.append(self._buffer(raw.reshape(-1)))
+            self.model.buffers.append(aligned(self.schema, raw.reshape(-1)))
         return self.stored[key]
 
     def _metadata(self, name: str, data: bytes) -> Any:
@@ -132,7 +134,7 @@ class _Writer:
         out.buffer = 0 if tensor.data is None else self._store(tensor.data)
         if tensor.data is not None and tensor.data.size == 0:
             out.buffer = len(self.model.buffers)  # a constant without elements still needs a buffer of its own
-            self.model.buffers.append(self._buffer(None))
+            self.model.buffers.append(aligned(self.schema, None))
         out.hasRank = True
         if tensor.dynamic:
             out.shapeSignature = [-1 if a in tensor.dynamic else size for a, size in enumerate(tensor.shape)]
