@@ -78,13 +78,13 @@ class QuantizationPlan:
     """
 
     weight_bits: int
-    activation_bits: Bits
     method: str
     quantized: tuple[str, ...]
     fused: dict[str, Fate]
     float_nodes: dict[str, str]
     activations: dict[str, Activation]
     weights: dict[str, Weight]
+    activation_bits: Bits = 8
     groups: tuple[tuple[str, ...], ...] = ()
     bias_shifts: dict[str, tuple[float, ...]] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
