@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -98,6 +98,7 @@ class ParityRecord:
     label_agreement: end to end, argmax along the last axis of the first output; None if that is no classification.
     end_to_end_max_lsb: largest difference of any output in LSB of that output; None if no output is quantized.
     sqnr_db: end to end, of the worst float output, 10·log10(Σ reference² / Σ difference²); None for no error at all.
+    elsewhere: label_agreement of the same file on other kernels, by their name.
     """
 
     samples: int
@@ -110,6 +111,7 @@ class ParityRecord:
     end_to_end_max_lsb: float | None
     end_to_end_max_abs: float
     sqnr_db: float | None
+    elsewhere: Mapping[str, float | None] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -272,23 +274,28 @@ def check(
     run: Callable[[ir.Model, Tensors], Tensors],
     end_to_end: Callable[[Tensors], Tensors],
     batches: Iterable[Tensors],
+    elsewhere: Mapping[str, Callable[[Tensors], Tensors]] = {},
 ) -> ParityRecord:
     """Compare a backend with the reference on every batch; memory is that of one batch.
 
     model: the QDQ model. run: runs a cut model (the same object every time) on the backend. end_to_end: runs the
-    artifact of `model`. Raises what the reference raises (see Reference.run); `Unreadable` from `run` skips the units.
+    artifact of `model`; elsewhere does so on other kernels that it may meet. Raises what the reference raises (see
+    Reference.run); `Unreadable` from `run` skips the units.
     """
     reference = Reference(model)
     tensors = [n.outputs[0].name or "" for n in model.graph if n.op_type == "QuantizeLinear"]
-    forced, whole = _Forced(model, run), _Whole(model)
+    forced, whole, others = _Forced(model, run), _Whole(model), {name: _Whole(model) for name in elsewhere}
     samples = 0
     for inputs in batches:
         expected = {**inputs, **reference.run(inputs, tensors)}
         samples += len(next(iter(inputs.values())))
         forced.add(expected, {t: expected[t].shape for t in tensors})
         whole.add(expected, end_to_end(inputs))
+        for name, other in others.items():
+            other.add(expected, elsewhere[name](inputs))
     skipped = forced.skipped()
-    return _record(samples, forced.tally, whole, skipped, forced.units())
+    record = _record(samples, forced.tally, whole, skipped, forced.units())
+    return replace(record, elsewhere={name: other.agreement() for name, other in others.items()})
 
 
 class _Forced:
@@ -395,6 +402,10 @@ class _Whole:
         self.signal[name] = self.signal.get(name, 0.0) + float((want[known] ** 2).sum())
         self.noise[name] = self.noise.get(name, 0.0) + float(((have[known] - want[known]) ** 2).sum())
 
+    def agreement(self) -> float | None:
+        """Share of equal labels; None if there are none."""
+        return self.same / self.labels if self.labels else None
+
     def sqnr_db(self) -> float | None:
         """Of the worst output; None for no error. An error where the reference is 0 gets a large negative figure."""
         ratios = [max(self.signal[n], TINY_POWER) / noise for n, noise in self.noise.items() if noise > 0]
@@ -456,7 +467,7 @@ def _record(
         fraction_equal=equal / values if values else None,
         worst=tuple(sorted(rows, key=lambda r: (-r.max_lsb, r.fraction_equal))[:WORST]),
         skipped=skipped,
-        label_agreement=whole.same / whole.labels if whole.labels else None,
+        label_agreement=whole.agreement(),
         end_to_end_max_lsb=whole.max_lsb,
         end_to_end_max_abs=whole.max_abs,
         sqnr_db=whole.sqnr_db(),

@@ -181,7 +181,7 @@ class Conversion:
                 notes = backend.lower(model, spec.precision, folder, self._about)
                 self.progress(f"{target.name}: verify {spec.id}", 0, 0)
                 parity = self._verify(backend, folder, model, spec)
-                notes = [*notes, *filter(None, [verify.note(backend.NAME, parity), _left_float(record.get("plan"))])]
+                notes += [*verify.notes(backend.NAME, parity), *_left_float(record.get("plan"))]
                 manifest = self._manifest(target, spec, identity, parent, record, parity, notes)
                 manifest = artifact.write_manifest(folder, manifest)
             status = "made"
@@ -360,14 +360,14 @@ class Conversion:
         return worst
 
 
-def _left_float(plan: Mapping[str, Any] | None) -> str:
+def _left_float(plan: Mapping[str, Any] | None) -> list[str]:
     """How much of an int8 artifact is not int8, with the commonest reasons; empty when all of it is."""
     if plan is None or not plan["float_nodes"]:
-        return ""
+        return []
     reasons = Counter(plan["float_nodes"].values()).most_common(3)
     told = "; ".join(f"{count}: {reason}" for reason, count in reasons)
     whole = len(plan["float_nodes"]) + len(plan["quantized"])
-    return f"{len(plan['float_nodes'])} of {whole} operators stay float ({told})"
+    return [f"{len(plan['float_nodes'])} of {whole} operators stay float ({told})"]
 
 
 def _current(final: Path, identity: str) -> artifact.Manifest | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +36,12 @@ BATCH = 32
 
 
 @contextlib.contextmanager
-def opened(backend: Backend, folder: Path, *, batch: int = 0) -> Iterator[Worker]:
+def opened(backend: Backend, folder: Path, *, batch: int = 0, environment: Mapping[str, str] = {}) -> Iterator[Worker]:
     """A loaded worker for an artifact folder, single-threaded."""
     from edgekit.bench.client import Worker, local_command, thread_environment
 
     command = local_command(backend.RUNNER, folder, 1, batch)
-    with Worker(command, backend.NAME, env=thread_environment(1)) as worker:
+    with Worker(command, backend.NAME, env={**thread_environment(1), **environment}) as worker:
         worker.load()
         yield worker
 
@@ -126,6 +126,10 @@ def quantized(
     labels: list[np.ndarray[Any, Any]] = []
     with contextlib.ExitStack() as stack:
         artifact_worker = stack.enter_context(opened(backend, folder))
+        elsewhere = {
+            name: stack.enter_context(opened(backend, folder, environment=environment)).infer
+            for name, environment in backend.KERNELS.items()
+        }
         cut: dict[int, Worker] = {}
 
         def run(loose: ir.Model, inputs: M.Tensors) -> M.Tensors:
@@ -143,7 +147,7 @@ def quantized(
             labels.append(_labels(model, outputs))
             return outputs
 
-        record = parity.check(model, run, end_to_end, batches(data, model))
+        record = parity.check(model, run, end_to_end, batches(data, model), elsewhere)
     out: dict[str, Any] = {"kind": precision, **record.to_json(), **_explained(backend, model, data, labels)}
     reasons = []
     off, most = out["per_op_max_lsb"], MAX_LSB[precision]
@@ -192,8 +196,18 @@ def _without_rounding(model: ir.Model, names: list[str]) -> ir.Model:
     return model
 
 
-def note(backend_name: str, record: dict[str, Any]) -> str:
-    """Why an int8 artifact differs from the reference end to end, in a sentence; empty when there is nothing to say."""
+def notes(backend_name: str, record: dict[str, Any]) -> list[str]:
+    """What a user should know of how an int8 artifact differs from the reference end to end, in sentences."""
+    told = [_residuals(backend_name, record)]
+    for name, agreement in record.get("elsewhere", {}).items():
+        if agreement is not None and agreement < record["label_agreement"]:
+            here = f"{record['label_agreement']:.1%}"
+            told.append(f"on {name} {agreement:.1%} of the labels are the integer reference's; here {here}")
+    return [t for t in told if t]
+
+
+def _residuals(backend_name: str, record: dict[str, Any]) -> str:
+    """Why its labels are not all the reference's, where that is known; empty when there is nothing to say."""
     if not record.get("unrounded") or record["label_agreement"] is None or record["label_agreement"] == 1:
         return ""
     if record["label_agreement_unrounded"] <= record["label_agreement"]:

@@ -305,6 +305,22 @@ def test_a_runtime_that_needs_a_fixed_batch_gets_one_and_the_short_last_batch_is
     assert record.samples == 8 + 8 + 5  # end to end, all of them
 
 
+def test_other_kernels_of_the_same_file_are_compared_end_to_end():
+    model = quantized_net()
+    right = whole(model)
+
+    def half(inputs: Tensors) -> Tensors:
+        out = dict(right(inputs))
+        name, scores = next(iter(out.items()))
+        wrong = scores.copy()
+        wrong[::2] = np.roll(wrong[::2], 1, axis=-1)  # another class in every other sample
+        return {**out, name: wrong}
+
+    record = parity.check(model, execute, right, batches(), {"same": right, "other": half})
+    assert record.elsewhere["same"] == record.label_agreement
+    assert record.elsewhere["other"] == pytest.approx((4 + 4 + 2) / 21)
+
+
 def test_another_shape_is_as_wrong_as_can_be():
     model = quantized_net()
     record = parity.check(model, altered("poolq", lambda y: y[:, None]), whole(model), batches())

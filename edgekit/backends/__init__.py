@@ -51,6 +51,9 @@ class Backend(Protocol):
     `open_session(folder, threads, batch, profile)`, whose session has `run(inputs) -> outputs` (arrays by name),
     `bind(inputs) -> call` (the call that is timed) and `layers()` (seconds per layer when profiling)."""
 
+    KERNELS: Mapping[str, Mapping[str, str]]
+    """Other kernels of this runtime that an artifact may meet on a device: in words -> a worker's environment."""
+
     def missing(self) -> str | None:
         """None if the runtime is installed, else the command that installs it."""
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _installed
 from importlib.util import find_spec
@@ -21,6 +22,7 @@ from edgekit.backends.saturation import PAIRS, SATURATED_BELOW, probe_operands
 NAME = "onnxruntime"
 PRECISIONS = ("float32", "int8")
 RUNNER = Path(__file__).parent / "runners" / "onnxruntime.py"
+KERNELS: Mapping[str, Mapping[str, str]] = {}
 _X86 = ("x86_64", "AMD64", "i686", "i386")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Mapping
 from importlib.metadata import version as _installed
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,7 @@ from edgekit.errors import DiskError, UnsupportedOpError
 NAME = "openvino"
 PRECISIONS = ("float32", "float16", "int8")
 RUNNER = Path(__file__).parent / "runners" / "openvino.py"
+KERNELS: Mapping[str, Mapping[str, str]] = {}
 
 
 def missing() -> str | None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 NAME = "tflite"
 PRECISIONS = ("float32", "float16", "int8", "int8x16", "int8-dynamic", "int8-weights")
 RUNNER = Path(__file__).parent.parent / "runners" / "tflite.py"
+KERNELS = {"reference kernels (microcontrollers, runtimes without XNNPACK)": {"EDGEKIT_TFLITE_KERNELS": "reference"}}
 FILE = "model.tflite"
 _TOLD = 8  # refusals that one error line spells out
 
