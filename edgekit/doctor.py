@@ -31,7 +31,7 @@ _EXTRAS = {
     "tables": ".parquet",
 }
 # Import names, where they are not the distribution's.
-_MODULES = {"pillow": "PIL", "onnx-ir": "onnx_ir"}
+_MODULES = {"pillow": "PIL"}  # distribution -> module, where that is not the name with underscores
 _CORE = ("click", "rich", "numpy", "onnx", "onnx-ir", "onnxruntime")
 _KERAS_PYTHON = "EDGEKIT_KERAS_PYTHON"
 _PROBE_TIMEOUT_S = 60.0
@@ -51,11 +51,13 @@ class Package:
 def examine() -> dict[str, Any]:
     """JSON-ready: {"schema", "edgekit", "packages": [...], "checks": [{"name", "found", "ok"}], "machine": facts,
     "saturates": {backend: bool or null}, "advice": [{"why", "command"}]}."""
-    packages = [*_core(), *_optional()]
+    keras = _keras_python()
+    # what another interpreter serves is not missing here
+    packages = [p for p in (*_core(), *_optional()) if p.ok or p.extra != "keras" or not (keras[1] and keras[2])]
     facts = machine.facts()
     saturation = _saturation()
     checks, advice = [], _install_advice(packages)
-    for name, found, ok, remedy in (_python(), _config(), _scratch(), _keras_python()):
+    for name, found, ok, remedy in (_python(), _config(), _scratch(), keras):
         if found:
             checks.append({"name": name, "found": found, "ok": ok})
         if not ok:
@@ -115,7 +117,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _package(name: str, extra: str, purpose: str) -> Package:
     """Found by its module, so that onnxruntime-gpu or tensorflow-cpu count; the version is looked for in either."""
-    if importlib.util.find_spec(_MODULES.get(name, name)) is None:
+    if importlib.util.find_spec(_MODULES.get(name, name.replace("-", "_"))) is None:
         return Package(name, extra, None, False, purpose)
     known = None
     for candidate in (name, f"{name}-gpu", f"{name}-cpu"):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,14 @@ def test_versions_are_the_installed_ones() -> None:
         assert package(found, name)["version"] == version(name)
         assert package(found, name)["ok"]
     json.dumps(found, allow_nan=False)
+
+
+def test_what_the_extras_brought_is_found_by_its_module() -> None:
+    found = doctor.examine()
+    for name in ("ai-edge-litert", "openvino", "pillow", "pyarrow"):
+        with contextlib.suppress(PackageNotFoundError):
+            assert package(found, name)["version"] == version(name)
+            assert package(found, name)["ok"]
 
 
 def test_saturation_is_what_each_runtime_shows_here() -> None:
@@ -78,6 +87,13 @@ def test_another_interpreter_for_keras_is_looked_at(monkeypatch: pytest.MonkeyPa
     advice = doctor.examine()["advice"]
     assert not any("[keras]" in a["command"] for a in advice)
     assert any("EDGEKIT_KERAS_PYTHON" in a["why"] for a in advice)
+    other = tmp_path / "python"
+    other.write_text("#!/bin/sh\necho 2.21.0 3.15.1 1.17.0\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("EDGEKIT_KERAS_PYTHON", str(other))
+    found = doctor.examine()
+    assert not [p for p in found["packages"] if p["extra"] == "keras"]  # nothing is missing
+    assert any(c["found"].endswith("keras 3.15.1, tf2onnx 1.17.0") for c in found["checks"])
 
 
 def test_an_unwritable_config_folder_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
