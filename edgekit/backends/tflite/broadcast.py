@@ -29,7 +29,7 @@ def _narrowed(operator: Operator) -> list[Operator]:
     operands = [t for t in operator.inputs if t is not None]
     rank, most = len(out.shape), _MOST.get(operator.code, _DEFAULT)
     alike = all(t.shape == out.shape and t.dynamic == out.dynamic for t in operands)
-    if operator.code not in _BROADCASTING or rank <= most or alike or _ambiguous(operands, out):
+    if operator.code not in _BROADCASTING or rank <= most or alike:
         return [operator]
     groups = _groups(operands, out)
     if len(groups) <= most:
@@ -43,17 +43,6 @@ def _repeats(tensor: Tensor, axis: int, rank: int) -> bool:
     """Whether the tensor is repeated along the result's axis."""
     own = axis - (rank - len(tensor.shape))
     return own < 0 or (tensor.shape[own] == 1 and own not in tensor.dynamic)
-
-
-def _ambiguous(operands: Sequence[Tensor], out: Tensor) -> bool:
-    """Whether an open axis meets a fixed one of more than 1: a batch of 1 is repeated there, another is not."""
-    rank = len(out.shape)
-    for axis in range(rank):
-        own = [(t, axis - (rank - len(t.shape))) for t in operands]
-        met = [(a in t.dynamic, t.shape[a] > 1) for t, a in own if a >= 0]
-        if any(open_axis for open_axis, _ in met) and any(fixed and not open_axis for open_axis, fixed in met):
-            return True
-    return False
 
 
 def _groups(operands: Sequence[Tensor], out: Tensor) -> list[list[int]]:
