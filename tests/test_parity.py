@@ -316,9 +316,12 @@ def test_other_kernels_of_the_same_file_are_compared_end_to_end():
         wrong[::2] = np.roll(wrong[::2], 1, axis=-1)  # another class in every other sample
         return {**out, name: wrong}
 
-    record = parity.check(model, execute, right, batches(), {"same": right, "other": half})
-    assert record.elsewhere["same"] == record.label_agreement
-    assert record.elsewhere["other"] == pytest.approx((4 + 4 + 2) / 21)
+    def broken(inputs: Tensors) -> Tensors:
+        raise parity.Unreadable("aborts")
+
+    elsewhere = {"same": right, "other": half, "broken": broken, "shape": lambda i: {k: v[None] for k, v in i.items()}}
+    record = parity.check(model, execute, right, batches(), elsewhere)
+    assert record.elsewhere == {"same": record.label_agreement, "other": pytest.approx((4 + 4 + 2) / 21)}
 
 
 def test_another_shape_is_as_wrong_as_can_be():
