@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from edgekit.backends.tflite import FILE
 from edgekit.errors import ConversionMismatchError, DiskError, ModelFileError, UsageError
 from edgekit.sources import tflite as source
 
 _BATCH = 1  # that the check runs with where the batch is open
-_FILE = "model.tflite"  # of an artifact folder
 _DIFFERS = 3  # exit status of the check
 
 
@@ -29,7 +29,7 @@ def join(files: Mapping[str, Path], out: Path) -> dict[str, Any]:
     """
     if len(files) < 2:
         raise UsageError("joining needs two files or more", "pass NAME=FILE for each")
-    paths = {name: path / _FILE if path.is_dir() else path for name, path in files.items()}
+    paths = {name: path / FILE if path.is_dir() else path for name, path in files.items()}
     for path in paths.values():
         found = source.read(path)
         if len(found.subgraphs) != 1:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,14 +20,13 @@ from edgekit.passes.quantize import QuantizeInt8
 from edgekit.scheme import INTEGER_16
 from tests.models import attention, mobile_nhwc
 from tests.quantize_graphs import Samples, node, normal
-from tests.test_tflite_runtimes import PYTHONS, WIDE_BOUND
+from tests.test_tflite_runtimes import PYTHONS, WIDE_BOUND, run_there
 from tests.tflite_interpreter import run
 from tests.tflite_single import build
 
 pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert")
 
 IMAGE, ROWS = (3, 6, 8), (10,)
-CHILD = Path(__file__).with_name("tflite_runtime_child.py")
 
 
 def net(nodes: list[onnx.NodeProto], shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Any]) -> ir.Model:
@@ -166,9 +163,6 @@ NOT_IN_TFLM = {"GlobalMaxPool", "ReduceMax", "ReduceMin", "Gather", "Resize"}
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", PYTHONS)
 def test_older_and_smaller_runtimes_compute_the_same(runtime: str, tmp_path: Path) -> None:
-    python = os.environ.get(PYTHONS[runtime])
-    if not python:
-        pytest.skip(f"needs {PYTHONS[runtime]}: a Python with {runtime}")
     wanted = {}
     for number, (name, make) in enumerate(CASES.items()):
         qdq, data = quantized(make())
@@ -176,7 +170,7 @@ def test_older_and_smaller_runtimes_compute_the_same(runtime: str, tmp_path: Pat
         (tmp_path / f"{number}.tflite").write_bytes(written(qdq)[1])
         np.savez(tmp_path / f"{number}.in.npz", **feeds)
         wanted[name] = Reference(qdq).run(feeds)["y"]
-    subprocess.run([python, str(CHILD), runtime, str(tmp_path)], check=True, capture_output=True, timeout=300)
+    run_there(runtime, tmp_path)
     failed = set()
     for number, (name, want) in enumerate(wanted.items()):
         if (tmp_path / f"{number}.error.txt").exists():

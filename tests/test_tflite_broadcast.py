@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import pytest
 
 from edgekit.backends.tflite.writer import write
 from tests.quantize_graphs import node
-from tests.test_tflite_runtimes import CHILD, PYTHONS
+from tests.test_tflite_runtimes import run_there
 from tests.tflite_single import build, difference, litert, lowered, onnxruntime, operators
 
 pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert")
@@ -84,15 +82,12 @@ def test_equal_shapes_are_left_alone() -> None:
 
 @pytest.mark.slow
 def test_tflite_runtime_runs_them(tmp_path: Path) -> None:
-    python = os.environ.get(PYTHONS["tflite-runtime"])
-    if not python:
-        pytest.skip(f"needs {PYTHONS['tflite-runtime']}: a Python with tflite-runtime")
     models = {f"{op}{rank}": case(op, *alternating(rank)) for op in OPERATORS for rank in (5, 6, 7)}
     models.update({f"merged{i}": case("Sub", x, y) for i, (x, y) in enumerate(MERGED)})
     for name, model in models.items():
         (tmp_path / f"{name}.tflite").write_bytes(bytes(write([lowered(model).graph], "test")))
         np.savez(tmp_path / f"{name}.in.npz", **feeds(model))
-    subprocess.run([python, str(CHILD), "tflite-runtime", str(tmp_path)], check=True, capture_output=True, timeout=300)
+    run_there("tflite-runtime", tmp_path)
     for name, model in models.items():
         with np.load(tmp_path / f"{name}.out.npz") as stored:
             got = {"z": stored["z"]}

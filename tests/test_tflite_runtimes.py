@@ -58,15 +58,20 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("runtime", PYTHONS)
-def test_files_run_there_as_on_the_reference_kernels(runtime: str, files: Path) -> None:
+def run_there(runtime: str, folder: Path) -> None:
+    """Every NAME.tflite of the folder on NAME.in.npz; skips where the runtime is not there."""
     python = os.environ.get(PYTHONS[runtime])
     if not python:
         pytest.skip(f"needs {PYTHONS[runtime]}: a Python with {runtime}")
+    subprocess.run([python, str(CHILD), runtime, str(folder)], check=True, capture_output=True, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", PYTHONS)
+def test_files_run_there_as_on_the_reference_kernels(runtime: str, files: Path) -> None:
     for old in (*files.glob("*.out.npz"), *files.glob("*.error.txt")):
         old.unlink()
-    subprocess.run([python, str(CHILD), runtime, str(files)], check=True, capture_output=True, timeout=300)
+    run_there(runtime, files)
     failed = {f.name.partition(".")[0]: f.read_text(encoding="utf-8") for f in files.glob("*.error.txt")}
     if runtime == "tflite-runtime":
         assert not failed
