@@ -675,3 +675,15 @@ def test_transposes_around_a_branching_activation_cancel() -> None:
     x = {"x": rng.normal(size=(2, 9, 9, 3)).astype(np.float32)}
     (expected,) = ReferenceEvaluator(M.to_proto(model)).run(None, x)
     assert M.difference(expected, M.FloatSession(folded, optimize=False).run(x)["y"]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kernel", "more", "whole"),
+    [("4, 4", "", True), ("4, 4", ", auto_pad=\"VALID\"", True), ("4, 3", "", False), ("4, 4", ", pads=[0,0,0,1]", False)],
+)
+def test_an_average_over_the_whole_image_is_a_global_one(kernel: str, more: str, whole: bool) -> None:
+    model = build(
+        f"g (float[N, 3, 4, 4] x) => (float[N, 3, a, b] y) {{ y = AveragePool <kernel_shape=[{kernel}]{more}> (x) }}"
+    )
+    folded = check(model)
+    assert ops(folded)["GlobalAveragePool"] == int(whole)

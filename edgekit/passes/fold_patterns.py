@@ -28,7 +28,7 @@ def fold(graph: ir.Graph) -> bool:
         changed = _zero_state(node) or changed
         if len(node.outputs) != 1:
             continue
-        changed = _expand(node) or _activation(node) or _layer_norm(node) or changed
+        changed = _expand(node) or _activation(node) or _layer_norm(node) or _global_pool(node) or changed
     return changed
 
 
@@ -49,6 +49,20 @@ def _is_zero(value: ir.Value | None) -> bool:
         return not constant.any()
     node = None if value is None else value.producer()
     return node is not None and G.is_op(node, "Expand", "Unsqueeze", "Squeeze", "Reshape") and _is_zero(node.inputs[0])
+
+
+# --- pooling --------------------------------------------------------------------------------------
+def _global_pool(node: ir.Node) -> bool:
+    """An average over all positions is said to be one: kernels then need not keep the input's scale for the mean."""
+    sizes = G.dims(node.inputs[0]) if G.is_op(node, "AveragePool") else None
+    if sizes is None or G.integers(node, "kernel_shape") != sizes[2:] or any(G.integers(node, "pads") or ()):
+        return False
+    if G.text(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID") or G.integer(node, "ceil_mode", 0):
+        return False
+    if any(d != 1 for d in G.integers(node, "dilations") or ()):
+        return False
+    G.become(node, "GlobalAveragePool", [node.inputs[0]])
+    return True
 
 
 # --- Expand ---------------------------------------------------------------------------------------
