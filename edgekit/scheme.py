@@ -23,6 +23,8 @@ UNARY = frozenset(
 )
 # every operator with an integer form
 INTEGER = WEIGHTED | EQUAL_SCALES | BINARY | UNARY
+# metadata of a node whose Relu or Clip the saturation of its rounding has taken over: "low high"
+BOUNDS = "edgekit.bounds"
 # (scale, zero point) of the output that kernels write whatever the tensor says
 FIXED_OUTPUT: Mapping[str, tuple[float, int]] = {
     "Softmax": (1 / 256, -128),

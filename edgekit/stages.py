@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from edgekit import __version__, artifact, backends
 from edgekit import model as M
+from edgekit.backends.roundings import leave_out
 from edgekit.errors import ArtifactError, ConversionMismatchError, NonFiniteError, UsageError
 from edgekit.report.progress import Progress
 from edgekit.target import STATIC, CandidateSpec, Target
@@ -137,7 +138,7 @@ class Conversion:
                 self.progress("calibrate", 0, 0)
                 plan: QuantizationPlan = step.plan(model, self.calibration_set)
                 return apply_plan(model, plan), {
-                    "plan": json.loads(plan.to_json()),
+                    "plan": plan.record(),
                     "calibration": self._calibration_record(),
                 }
 
@@ -155,6 +156,8 @@ class Conversion:
             # no kernel of 16-bit activations saturates
             wide = spec.precision == "int8x16"
             model, record, parent = self.quantized(8, 16) if wide else self.quantized(weight_bits)
+            if self.io == "float32":
+                model = leave_out(model, backend.unneeded(model))
         else:
             model, record, parent = self.folded
         identity = artifact.digest_json(

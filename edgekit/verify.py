@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from edgekit import model as M
 from edgekit.backends import Backend
+from edgekit.backends.roundings import leave_out
 from edgekit.errors import UnsupportedOpError, WorkerError
 
 if TYPE_CHECKING:
@@ -194,22 +195,12 @@ def _explained(backend: Backend, model: ir.Model, data: Dataset, labels: list[np
     names = backend.unrounded(model)
     if not names:
         return {"unrounded": [], "label_agreement_unrounded": None}
-    reference = Reference(_without_rounding(model, names))
+    reference = Reference(leave_out(model, names))
     same = total = 0
     for inputs, got in zip(batches(data, model), labels, strict=True):
         equal = _labels(model, reference.run(inputs)) == got
         same, total = same + int(equal.sum()), total + equal.size
     return {"unrounded": names, "label_agreement_unrounded": same / total if total else None}
-
-
-def _without_rounding(model: ir.Model, names: list[str]) -> ir.Model:
-    """A copy in which readers of these quantized tensors get the value before its QuantizeLinear."""
-    model = M.clone(model)
-    for quantize in [n for n in model.graph if n.op_type == "QuantizeLinear" and n.outputs[0].name in names]:
-        for dequantize, _ in list(quantize.outputs[0].uses()):
-            for reader, index in list(dequantize.outputs[0].uses()):
-                reader.replace_input_with(index, quantize.inputs[0])
-    return model
 
 
 def notes(backend_name: str, record: dict[str, Any]) -> list[str]:

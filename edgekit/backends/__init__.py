@@ -75,6 +75,11 @@ class Backend(Protocol):
         int8; empty for a runtime that rounds each. Explains differences from the reference; see `verify.quantized`."""
         ...
 
+    def unneeded(self, model: ir.Model) -> list[str]:
+        """Quantized tensors of a QDQ model whose rounding this runtime's kernels can do without at no cost, because
+        only float operators or the caller read them; see `roundings`. An artifact is made, and proved, without them."""
+        ...
+
     def lower(self, model: ir.Model, precision: str, folder: Path, about: About | None = None) -> list[str]:
         """Write the runtime's files for `model` into `folder`; returns notes a user should read (usually none).
 

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from edgekit import model as M
 from edgekit.backends import About
 from edgekit.backends.encoding import with_uint8_activations
+from edgekit.backends.roundings import PRODUCTS, idle
 from edgekit.backends.saturation import PAIRS, SATURATED_BELOW, probe_operands
 
 NAME = "onnxruntime"
@@ -74,6 +75,11 @@ def saturates() -> bool:
 def unrounded(model: ir.Model) -> list[str]:
     """None: every QLinear kernel rounds its own result."""
     return []
+
+
+def unneeded(model: ir.Model) -> list[str]:
+    """Products: MatMulIntegerToFloat and QGemm give float32. Convolutions do not."""
+    return idle(model, PRODUCTS)
 
 
 def lower(model: ir.Model, precision: str, folder: Path, about: About | None = None) -> list[str]:

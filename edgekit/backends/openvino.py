@@ -17,6 +17,7 @@ import onnx_ir as ir
 from edgekit import model as M
 from edgekit.backends import About
 from edgekit.backends.encoding import with_uint8_activations
+from edgekit.backends.roundings import PRODUCTS, idle
 from edgekit.backends.saturation import PAIRS, SATURATED_BELOW, probe_operands
 from edgekit.errors import DiskError, UnsupportedOpError
 
@@ -110,6 +111,11 @@ def _sole_convolution(value: ir.Value | None) -> str | None:
         return None
     source = quantize.inputs[0].producer() if quantize.inputs[0] is not None else None
     return quantized.name if source is not None and source.op_type == "Conv" else None
+
+
+def unneeded(model: ir.Model) -> list[str]:
+    """Products and convolutions: every int8 kernel of its CPU plugin can give float32."""
+    return idle(model, PRODUCTS | {"Conv", "ConvTranspose"})
 
 
 def lower(model: ir.Model, precision: str, folder: Path, about: About | None = None) -> list[str]:

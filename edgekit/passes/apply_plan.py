@@ -11,9 +11,9 @@ import onnx_ir as ir
 
 from edgekit import model as M
 from edgekit.errors import ArtifactError, UnsupportedOpError
-from edgekit.passes.decide import FLOAT, data_inputs, weight_of
+from edgekit.passes.decide import FLOAT, clip_bounds, data_inputs, weight_of
 from edgekit.passes.plan import Activation, QuantizationPlan, Weight, integer_range
-from edgekit.scheme import WEIGHTED
+from edgekit.scheme import BOUNDS, WEIGHTED
 
 Array = np.ndarray[Any, Any]
 # how integers of so many bits are stored
@@ -69,10 +69,12 @@ def apply_plan(model: ir.Model, plan: QuantizationPlan) -> ir.Model:
 
 
 def _absorb(graph: ir.Graph, node: ir.Node) -> None:
-    """Remove a Relu or Clip: its producer's output takes its place and its name."""
+    """Remove a Relu or Clip: its producer's output takes its place and its name, and the producer notes its bounds."""
     before, after = node.inputs[0], node.outputs[0]
-    if before is None:
+    bounds, producer = clip_bounds(node), None if before is None else before.producer()
+    if before is None or bounds is None or producer is None:
         return
+    producer.metadata_props[BOUNDS] = f"{bounds[0]!r} {bounds[1]!r}"
     name = after.name
     for position, output in enumerate(graph.outputs):
         if output is after:
@@ -203,7 +205,9 @@ class _Writer:
 
 
 def quantize_weight(array: Array, plan: Weight) -> Array:
-    """float32 weight -> int8 of the same shape within the plan's bits; ties to even."""
+    """float32 weight -> int8 of the same shape within the plan's bits: the plan's own integers, else ties to even."""
+    if plan.integers:
+        return np.frombuffer(plan.integers, np.int8).reshape(array.shape)
     shape = [1] * array.ndim
     shape[plan.axis] = -1
     scales = np.array(plan.scales, np.float32).reshape(shape)

@@ -260,3 +260,42 @@ def check_finite(seen: Mapping[str, Observed], names: Iterable[str]) -> None:
             raise NonFiniteError(
                 f"Inf in tensor '{name}' during calibration", "keep its nodes in float, or repair the data"
             )
+
+
+# --- per channel -----------------------------------------------------------------------------------------
+@dataclass
+class ChannelRange:
+    """Extremes and mean square of each channel of one tensor, float64."""
+
+    low: Array
+    high: Array
+    squares: Array
+    rows: int
+
+    @property
+    def power(self) -> Array:
+        return np.asarray(self.squares / max(1, self.rows))
+
+
+def channel_ranges(
+    model: ir.Model, data: Dataset, axes: Mapping[str, int], batch_size: int = 32
+) -> dict[str, ChannelRange]:
+    """axes: value -> its channel axis. Raises NonFiniteError naming a tensor that holds NaN or Inf."""
+    seen: dict[str, ChannelRange] = {}
+    for name, array, _ in _fetched(model, data, list(axes), batch_size, frozenset()):
+        if not array.size:
+            continue
+        flat = np.moveaxis(array, axes[name], 0).reshape(array.shape[axes[name]], -1)
+        low, high = flat.min(axis=1).astype(np.float64), flat.max(axis=1).astype(np.float64)
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            raise NonFiniteError(
+                f"NaN or Inf in tensor '{name}' during calibration", "run the float model on this data and repair it"
+            )
+        squares = np.einsum("cr,cr->c", flat, flat, dtype=np.float64)
+        if name in seen:
+            old = seen[name]
+            low, high = np.minimum(low, old.low), np.maximum(high, old.high)
+            seen[name] = ChannelRange(low, high, old.squares + squares, old.rows + flat.shape[1])
+        else:
+            seen[name] = ChannelRange(low, high, squares, flat.shape[1])
+    return seen

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -12,8 +14,8 @@ import numpy as np
 from edgekit.errors import ArtifactError
 from edgekit.scheme import fixed_output
 
-# 1: first version; 2: activations have a number of bits
-PLAN_SCHEMA = 2
+# 1: first version; 2: activations have a number of bits; 3: weights may have integers of their own
+PLAN_SCHEMA = 3
 
 Method = Literal["minmax", "percentile", "mse", "fixed", "constant"]
 Fate = Literal["removed", "kept"]
@@ -49,13 +51,15 @@ class Weight:
     """How the constant weight of one node becomes int8, symmetric around zero.
 
     value: name of the float32 initializer. axis: its output channel axis; `scales` has one float32 value per channel.
-    bits: 7 keeps the integers in [-63, 63], 8 in [-127, 127].
+    bits: 7 keeps the integers in [-63, 63], 8 in [-127, 127]. integers: the int8 values themselves in C order, where
+    they are not simply the nearest.
     """
 
     value: str
     axis: int
     bits: int
     scales: tuple[float, ...]
+    integers: bytes = b""
 
     @property
     def limit(self) -> int:
@@ -94,7 +98,14 @@ class QuantizationPlan:
 
     def to_json(self) -> str:
         """JSON text; `from_json` gives back an equal plan (floats are written so that they round-trip exactly)."""
-        return json.dumps(asdict(self), indent=1, allow_nan=False)
+        return json.dumps(asdict(self), indent=1, allow_nan=False, default=_packed)
+
+    def record(self) -> dict[str, Any]:
+        """JSON-ready, for a manifest: of integers that are not the nearest only their number is told."""
+        record = asdict(self)
+        for weight in record["weights"].values():
+            weight["integers"] = len(weight["integers"])
+        return record
 
     @staticmethod
     def from_json(text: str) -> QuantizationPlan:
@@ -108,12 +119,12 @@ class QuantizationPlan:
                     f"this edgekit reads schema {PLAN_SCHEMA}: convert again",
                 )
             data["activations"] = {k: Activation(**v) for k, v in data["activations"].items()}
-            data["weights"] = {k: Weight(**{**v, "scales": tuple(v["scales"])}) for k, v in data["weights"].items()}
+            data["weights"] = {k: _weight(v) for k, v in data["weights"].items()}
             data["bias_shifts"] = {k: tuple(v) for k, v in data["bias_shifts"].items()}
             data["quantized"] = tuple(data["quantized"])
             data["groups"] = tuple(tuple(g) for g in data["groups"])
             return QuantizationPlan(**data)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
             raise ArtifactError(f"the quantization plan is damaged ({error})", "convert again") from error
 
     def diff(self, other: QuantizationPlan) -> list[str]:
@@ -139,6 +150,17 @@ class QuantizationPlan:
             lines.append(f"  {node} weights: {w.bits} bits, scales {min(w.scales):.4g} to {max(w.scales):.4g}")
         lines += [f"  float: {node} ({reason})" for node, reason in self.float_nodes.items()]
         return lines
+
+
+def _packed(value: Any) -> str:
+    if not isinstance(value, bytes):
+        raise TypeError(f"{type(value).__name__} has no place in a plan")
+    return base64.b64encode(zlib.compress(value)).decode("ascii")
+
+
+def _weight(data: Mapping[str, Any]) -> Weight:
+    integers = zlib.decompress(base64.b64decode(data["integers"])) if data["integers"] else b""
+    return Weight(**{**data, "scales": tuple(data["scales"]), "integers": integers})
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from edgekit import model as M
+from edgekit.backends.roundings import small_tail
 from edgekit.errors import DiskError, LabelError, UnsupportedOpError
 from edgekit.target import STATIC
 
@@ -25,6 +26,7 @@ RUNNER = Path(__file__).parent.parent / "runners" / "tflite.py"
 KERNELS = {"reference kernels (microcontrollers, runtimes without XNNPACK)": {"EDGEKIT_TFLITE_KERNELS": "reference"}}
 FILE = "model.tflite"
 _TOLD = 8  # refusals that one error line spells out
+SMALL = 0.05  # of a model's weights: stored in float32 they add at most 15 % to the file
 
 
 def missing() -> str | None:
@@ -51,6 +53,14 @@ def saturates() -> bool:
 def unrounded(model: ir.Model) -> list[str]:
     """None: LiteRT rounds every tensor that its file says is int8."""
     return []
+
+
+def unneeded(model: ir.Model) -> list[str]:
+    """The last products, where float32 arithmetic on the same integers costs next to nothing (`SMALL` of all MACs).
+
+    LiteRT has no kernel from int8 to float32: such a product is computed in float, its weights are stored as they are.
+    """
+    return small_tail(model, SMALL)
 
 
 def lower(model: ir.Model, precision: str, folder: Path, about: About | None = None) -> list[str]:
