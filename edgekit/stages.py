@@ -18,8 +18,8 @@ import onnx_ir as ir
 
 from edgekit import __version__, artifact, backends
 from edgekit import model as M
-from edgekit.backends.roundings import leave_out
 from edgekit.errors import ArtifactError, ConversionMismatchError, NonFiniteError, UsageError
+from edgekit.passes.roundings import leave_out
 from edgekit.report.progress import Progress
 from edgekit.target import STATIC, CandidateSpec, Target
 

@@ -17,8 +17,8 @@ import onnx_ir as ir
 
 from edgekit import model as M
 from edgekit.backends import Backend
-from edgekit.backends.roundings import leave_out
 from edgekit.errors import UnsupportedOpError, WorkerError
+from edgekit.passes.roundings import leave_out
 
 if TYPE_CHECKING:
     from edgekit.bench.client import Worker

@@ -54,8 +54,7 @@ def test_extremes_are_those_of_all_samples_at_once(batch: int | str, size: int) 
         assert seen[name].low == pytest.approx(float(values.min()), abs=1e-5)
         assert seen[name].high == pytest.approx(float(values.max()), abs=1e-5)
     rest = np.delete(x, [3, 9], axis=0)
-    assert seen["x"].fit_low == rest.min()
-    assert seen["x"].fit_high == rest.max()
+    assert seen["x"].range("minmax", everything=False) == (rest.min(), rest.max())
 
 
 def test_one_tensor_at_a_time_sees_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,10 +73,10 @@ def test_histogram_counts_every_value_and_holds_some_back() -> None:
     held = frozenset(range(5))
     seen = observe(small(), data, ["x", "a"], batch_size=8, held=held)
     fill_histograms(small(), data, seen, batch_size=8, held=held)
-    assert seen["x"].held.sum() == 5 * 72
-    assert seen["x"].fit.sum() == 25 * 72
+    assert seen["x"].counts[0].sum() == 5 * 72
+    assert seen["x"].counts[1:].sum() == 25 * 72
     expected, _ = np.histogram(data.inputs["x"], bins=BINS, range=(seen["x"].low, seen["x"].high))
-    moved = np.abs(np.cumsum(seen["x"].histogram(True)) - np.cumsum(expected))
+    moved = np.abs(np.cumsum(seen["x"].counts.sum(axis=0)) - np.cumsum(expected))
     assert moved.max() <= 2  # float32 rounding at a bin's edge
 
 
@@ -89,8 +88,8 @@ def test_least_error_range_beats_the_extremes_measured_on_the_values(seed: int, 
     if relu:
         values = np.maximum(values, 0)
     seen = Observed()
-    seen.extend(values, held=False)
-    seen.count(values, held=False)
+    seen.extend(values, fold=1)
+    seen.count(values, fold=1)
 
     def error(low: float, high: float) -> float:
         low, high = min(low, 0.0), max(high, 0.0)

@@ -679,7 +679,12 @@ def test_transposes_around_a_branching_activation_cancel() -> None:
 
 @pytest.mark.parametrize(
     ("kernel", "more", "whole"),
-    [("4, 4", "", True), ("4, 4", ", auto_pad=\"VALID\"", True), ("4, 3", "", False), ("4, 4", ", pads=[0,0,0,1]", False)],
+    [
+        ("4, 4", "", True),
+        ("4, 4", ', auto_pad="VALID"', True),
+        ("4, 3", "", False),
+        ("4, 4", ", pads=[0,0,0,1]", False),
+    ],
 )
 def test_an_average_over_the_whole_image_is_a_global_one(kernel: str, more: str, whole: bool) -> None:
     model = build(

@@ -17,8 +17,8 @@ import onnx_ir as ir
 from edgekit import model as M
 from edgekit.backends import About
 from edgekit.backends.encoding import with_uint8_activations
-from edgekit.backends.roundings import PRODUCTS, idle
 from edgekit.backends.saturation import PAIRS, SATURATED_BELOW, probe_operands
+from edgekit.passes.roundings import PRODUCTS, idle
 
 NAME = "onnxruntime"
 PRECISIONS = ("float32", "int8")

@@ -17,9 +17,9 @@ import onnx_ir as ir
 from edgekit import model as M
 from edgekit.backends import About
 from edgekit.backends.encoding import with_uint8_activations
-from edgekit.backends.roundings import PRODUCTS, idle
 from edgekit.backends.saturation import PAIRS, SATURATED_BELOW, probe_operands
 from edgekit.errors import DiskError, UnsupportedOpError
+from edgekit.passes.roundings import PRODUCTS, idle
 
 NAME = "openvino"
 PRECISIONS = ("float32", "float16", "int8")

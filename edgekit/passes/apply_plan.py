@@ -13,6 +13,7 @@ from edgekit import model as M
 from edgekit.errors import ArtifactError, UnsupportedOpError
 from edgekit.passes.decide import FLOAT, clip_bounds, data_inputs, weight_of
 from edgekit.passes.plan import Activation, QuantizationPlan, Weight, integer_range
+from edgekit.passes.rescale import rescaled
 from edgekit.scheme import BOUNDS, WEIGHTED
 
 Array = np.ndarray[Any, Any]
@@ -46,7 +47,7 @@ def apply_plan(model: ir.Model, plan: QuantizationPlan) -> ir.Model:
 
     Uses the plan and the model's weights only. Raises ArtifactError if the plan is for another model.
     """
-    model = prepared(model)
+    model = prepared(model) if not plan.factors else rescaled(prepared(model), plan.factors)
     nodes = {node.name: node for node in model.graph}
     for name in [*plan.quantized, *plan.weights, *plan.fused]:
         if name not in nodes:

@@ -45,10 +45,15 @@ class Channels:
     producers: list[End] = field(default_factory=list)
     consumers: list[End] = field(default_factory=list)
     offsets: list[tuple[End, int]] = field(default_factory=list)  # Add, Sub of a constant: (end, its input position)
+    bounds: list[tuple[End, int]] = field(default_factory=list)  # Min, Max of a constant: (end, its input position)
     clips: list[End] = field(default_factory=list)  # a Clip with an upper bound other than infinity
     _parent: list[int] = field(default_factory=list)
     _frozen: set[int] = field(default_factory=set)
     _on: dict[str, tuple[int, Array]] = field(default_factory=dict)
+
+    def ends(self) -> list[End]:
+        """All values whose factors nodes take up."""
+        return [*self.producers, *self.consumers, *(end for end, _ in (*self.offsets, *self.bounds))]
 
     # --- labels --------------------------------------------------------------------------------------
     def root(self, label: int) -> int:
@@ -73,6 +78,12 @@ class Channels:
     def join(self, a: Array, b: Array) -> None:
         for left, right in zip(a, b, strict=True):
             self._parent[self.root(int(right))] = self.root(int(left))
+
+    def hold(self, label: int) -> None:
+        self._frozen.add(label)
+
+    def count(self) -> int:
+        return len(self._parent)
 
     def freeze(self, value: ir.Value | None) -> None:
         if value is not None and value.name in self._on:
@@ -118,6 +129,8 @@ def _step(found: Channels, node: ir.Node) -> bool:
         return _clip(found, node)
     if op in {"Add", "Sub"}:
         return _sum(found, node)
+    if op in {"Min", "Max"}:
+        return len(node.inputs) == 2 and _offset(found, node, found.bounds)
     if op == "Mul":
         return _product(found, node)
     if op == "PRelu":
@@ -220,28 +233,36 @@ def _clip(found: Channels, node: ir.Node) -> bool:
 
 
 def _sum(found: Channels, node: ir.Node) -> bool:
-    constants = [i for i, v in enumerate(node.inputs) if G.array(v) is not None]
-    if len(constants) == 1:
-        at = constants[0]
-        known = found._on.get(node.inputs[1 - at].name or "")  # type: ignore[union-attr]
-        if known is None:
-            return True
-        axis, labels = known
-        constant, shape = G.array(node.inputs[at]), node.outputs[0].shape
-        if constant is None or shape is None or not _per_channel(constant, len(shape), axis, len(labels)):
-            return False
-        if not _pass_from(found, node, 1 - at):
-            return False
-        found.offsets.append((End(node, labels, node.outputs[0], axis), at))
-        return True
+    if any(G.array(v) is not None for v in node.inputs):
+        return _offset(found, node, found.offsets)
     a, b = (found._on.get(v.name or "") if v is not None else None for v in node.inputs)
-    if a is None or b is None or constants:
+    if a is None or b is None:
         return False
     shapes = [v.shape for v in node.inputs if v is not None]
     if a[0] != b[0] or len(a[1]) != len(b[1]) or len({len(s) if s is not None else -1 for s in shapes}) != 1:
         return False
     found.join(a[1], b[1])
     found.put(node.outputs[0], a[0], a[1])
+    return True
+
+
+def _offset(found: Channels, node: ir.Node, kept: list[tuple[End, int]]) -> bool:
+    """An operator of a value and a constant that must take the value's factors."""
+    constants = [i for i, v in enumerate(node.inputs) if G.array(v) is not None]
+    if len(constants) != 1:
+        return False
+    at = constants[0]
+    value = node.inputs[1 - at]
+    known = found._on.get(value.name or "") if value is not None else None
+    if known is None:
+        return True
+    axis, labels = known
+    constant, shape = G.array(node.inputs[at]), node.outputs[0].shape
+    if constant is None or shape is None or not _per_channel(constant, len(shape), axis, len(labels)):
+        return False
+    if not _pass_from(found, node, 1 - at):
+        return False
+    kept.append((End(node, labels, node.outputs[0], axis), at))
     return True
 
 
@@ -348,6 +369,8 @@ def _reshape(found: Channels, node: ir.Node) -> bool:
 
 
 def _count(sizes: Sequence[int | str]) -> int | None:
-    return int(np.prod([s for s in sizes if isinstance(s, int)], dtype=np.int64)) if all(
-        isinstance(s, int) for s in sizes
-    ) else None
+    return (
+        int(np.prod([s for s in sizes if isinstance(s, int)], dtype=np.int64))
+        if all(isinstance(s, int) for s in sizes)
+        else None
+    )

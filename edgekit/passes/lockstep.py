@@ -1,12 +1,12 @@
 """Runs a float model and its quantized form side by side, node by node, so that each layer can be repaired in turn.
 
-Memory holds the values that later nodes still read, of both models: choose the samples by `affordable`.
+Memory holds the values that later nodes still read, of both models: choose the samples by `live_bytes`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,30 +17,29 @@ import onnx_ir as ir
 from edgekit import model as M
 
 Array = np.ndarray[Any, Any]
-# Live activations of both models together, in bytes.
-LIVE_BYTES = 512 * 2**20
+Values = dict[str, list[Array]]
 
 
 @dataclass
 class Meeting:
     """The two forms of one node, before the quantized one runs. Values may be replaced in `written`.
 
-    node, twin: in the float and in the quantized model. exact, written: values by name of each; `exact` holds the
-    float node's results already.
+    node, twin: in the float and in the quantized model. exact, written: values of each by name, one array a batch;
+    `exact` holds the float node's results already.
     """
 
     node: ir.Node
     twin: ir.Node
-    exact: dict[str, Array]
-    written: dict[str, Array]
+    exact: Values
+    written: Values
 
 
-def walk(model: ir.Model, written: ir.Model, inputs: Mapping[str, Array]) -> Iterator[Meeting]:
-    """model: prepared. written: its QDQ form by `apply_plan`, whose nodes keep their names. inputs: batch first.
+def walk(model: ir.Model, written: ir.Model, batches: Sequence[M.Tensors]) -> Iterator[Meeting]:
+    """model: prepared. written: its QDQ form by `apply_plan`, whose nodes keep their names. batches: inputs by name.
 
     Yields each node of `model` that `written` has too, in graph order.
     """
-    exact, other = _World(model, inputs), _World(written, inputs)
+    exact, other = _World(model, batches), _World(written, batches)
     twins = {n.name for n in written.graph}
     for node in model.graph:
         exact.run(node)
@@ -51,26 +50,24 @@ def walk(model: ir.Model, written: ir.Model, inputs: Mapping[str, Array]) -> Ite
         exact.forget(node)
 
 
-def affordable(model: ir.Model, samples: int, inputs: Mapping[str, Array]) -> int:
-    """How many samples LIVE_BYTES allow, at most `samples`; inputs: one sample (or the model's fixed batch)."""
-    world = _World(model, inputs)
+def live_bytes(model: ir.Model, inputs: M.Tensors) -> int:
+    """The most bytes that are live at once while the model runs on these inputs."""
+    world = _World(model, [inputs])
     most = 0
     for node in model.graph:
         world.run(node)
-        most = max(most, sum(v.nbytes for v in world.values.values()))
+        most = max(most, sum(v.nbytes for parts in world.values.values() for v in parts))
         world.forget(node)
-    rows = len(next(iter(inputs.values())))
-    return int(max(1, min(samples, LIVE_BYTES // max(1, 3 * most // rows))))
+    return most
 
 
 class _World:
     """One model's values while it runs node by node."""
 
-    def __init__(self, model: ir.Model, inputs: Mapping[str, Array]) -> None:
-        self.values: dict[str, Array] = dict(inputs)
-        self._version = M.opset(model)
+    def __init__(self, model: ir.Model, batches: Sequence[M.Tensors]) -> None:
+        self.values: Values = {name: [b[name] for b in batches] for name in batches[0]}
+        self._batches = len(batches)
         self._imports = dict(model.opset_imports)
-        self._functions = model.functions
         self._waiting = list(model.graph)
         self._at = 0
         self._left = Counter(v.name for n in model.graph for v in _reads(n))
@@ -85,11 +82,14 @@ class _World:
 
     def run(self, node: ir.Node) -> None:
         """Compute the node's results from the values at hand."""
-        feeds = {v.name or "": self._value(v) for v in _reads(node) if M.constant(v) is None or v.name in self.values}
-        constants = {v.name or "": c for v in _reads(node) if v.name not in feeds and (c := M.constant(v)) is not None}
+        read = _reads(node)
+        given = [v.name or "" for v in read if v.name in self.values]
+        constants = {v.name or "": c for v in read if v.name not in self.values and (c := M.constant(v)) is not None}
         outputs = [v for v in node.outputs if v.name]
-        got = _single(node, feeds, constants, outputs, self._imports)
-        self.values.update(zip((v.name or "" for v in outputs), got, strict=True))
+        feeds = [{name: self.values[name][i] for name in given} for i in range(self._batches)]
+        made = _single(node, feeds, constants, outputs, self._imports)
+        for position, value in enumerate(outputs):
+            self.values[value.name or ""] = [m[position] for m in made]
         if self._at < len(self._waiting) and self._waiting[self._at] is node:
             self._at += 1
 
@@ -99,9 +99,6 @@ class _World:
             self._left[value.name] -= 1
             if not self._left[value.name]:
                 self.values.pop(value.name or "", None)
-
-    def _value(self, value: ir.Value) -> Array:
-        return self.values[value.name or ""]
 
 
 def _reads(node: ir.Node) -> list[ir.Value]:
@@ -120,12 +117,12 @@ def _reads(node: ir.Node) -> list[ir.Value]:
 
 def _single(
     node: ir.Node,
-    feeds: Mapping[str, Array],
+    feeds: Sequence[Mapping[str, Array]],
     constants: Mapping[str, Array],
     outputs: list[ir.Value],
     imports: Mapping[str, int],
-) -> list[Array]:
-    """One node in ONNX Runtime."""
+) -> list[list[Array]]:
+    """One node in ONNX Runtime: its results for each batch."""
     import onnxruntime as ort
 
     h = onnx.helper
@@ -136,7 +133,7 @@ def _single(
     graph = h.make_graph(
         [ir.to_proto(node)],
         "node",
-        [info(k, v) for k, v in feeds.items()],
+        [info(k, v) for k, v in feeds[0].items()],
         [onnx.ValueInfoProto(name=v.name) for v in outputs],
         [onnx.numpy_helper.from_array(np.ascontiguousarray(v), k) for k, v in constants.items()],
     )
@@ -145,4 +142,4 @@ def _single(
     options = ort.SessionOptions()
     options.log_severity_level = 4
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return list(session.run([v.name for v in outputs], dict(feeds)))
+    return [list(session.run([v.name for v in outputs], dict(feed))) for feed in feeds]

@@ -17,7 +17,7 @@ from edgekit.scheme import fixed_output
 # 1: first version; 2: activations have a number of bits; 3: weights may have integers of their own
 PLAN_SCHEMA = 3
 
-Method = Literal["minmax", "percentile", "mse", "fixed", "constant"]
+Method = Literal["minmax", "wide", "wider", "average", "percentile", "mse", "kl", "fixed", "constant"]
 Fate = Literal["removed", "kept"]
 Bits = Literal[8, 16]
 
@@ -78,6 +78,7 @@ class QuantizationPlan:
     float_nodes: node -> why it stays float.
     activations: value -> parameters, constant operands included. weights: node -> parameters of its weight.
     groups: sets of values that share scale and zero point.
+    factors: value -> what its channels are multiplied with, and its readers' weights divided by, before all else.
     bias_shifts: node -> what is added to its bias, one float per output channel, to undo the mean error of its weights.
     """
 
@@ -90,6 +91,7 @@ class QuantizationPlan:
     weights: dict[str, Weight]
     activation_bits: Bits = 8
     groups: tuple[tuple[str, ...], ...] = ()
+    factors: dict[str, tuple[float, ...]] = field(default_factory=dict)
     bias_shifts: dict[str, tuple[float, ...]] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     samples: int = 0
@@ -120,7 +122,8 @@ class QuantizationPlan:
                 )
             data["activations"] = {k: Activation(**v) for k, v in data["activations"].items()}
             data["weights"] = {k: _weight(v) for k, v in data["weights"].items()}
-            data["bias_shifts"] = {k: tuple(v) for k, v in data["bias_shifts"].items()}
+            for key in ("bias_shifts", "factors"):
+                data[key] = {k: tuple(v) for k, v in data[key].items()}
             data["quantized"] = tuple(data["quantized"])
             data["groups"] = tuple(tuple(g) for g in data["groups"])
             return QuantizationPlan(**data)

@@ -9,25 +9,31 @@ A result is kept only where it is better on samples that it was not fitted on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 
 from edgekit import model as M
 from edgekit.passes import regression as L
-from edgekit.passes.apply_plan import apply_plan, folded, prepared, quantize_weight
-from edgekit.passes.lockstep import Meeting, walk
+from edgekit.passes.apply_plan import apply_plan, folded, prepared
+from edgekit.passes.calibrate import feeds
+from edgekit.passes.lockstep import Meeting, live_bytes, walk
 from edgekit.passes.plan import QuantizationPlan, Weight
 from edgekit.passes.rounding import damped, round_weights
+
+if TYPE_CHECKING:
+    from edgekit.dataset import Dataset
 
 Array = np.ndarray[Any, Any]
 
 ROWS, ROWS_PER_INPUT, MOST_ROWS = 4096, 8, 32768
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of the Gram matrix' mean diagonal
-HELD = 4  # one sample in so many judges
+LIVE_BYTES = 512 * 2**20
+BATCH = 32
+HELD = 4  # one sample in so many judges the result of the others
 
 
 @dataclass(frozen=True)
@@ -40,18 +46,18 @@ class Fitted:
 
 
 def reconstruct(
-    model: ir.Model, plan: QuantizationPlan, inputs: Mapping[str, Array], seed: int = 0
+    model: ir.Model, plan: QuantizationPlan, batches: Sequence[M.Tensors], seed: int = 0
 ) -> tuple[QuantizationPlan, dict[str, float]]:
     """The plan with rounded weights and bias shifts, and per node the error left, as a share of rounding to nearest.
 
-    model: float. inputs: calibration samples, batch first.
+    model: the float model that the plan was made for. batches: calibration inputs by name, `affordable` ones.
     """
     model = prepared(model)
     plan = replace(plan, bias_shifts={})
     written = apply_plan(model, plan)
     rng = np.random.default_rng(seed)
     weights, shifts, gains = dict(plan.weights), dict(plan.bias_shifts), {}
-    for meeting in walk(model, written, inputs):
+    for meeting in walk(model, written, batches):
         name = meeting.node.name or ""
         if name not in plan.weights:
             continue
@@ -73,13 +79,14 @@ def _fit(meeting: Meeting, plan: Weight, rng: np.random.Generator) -> Fitted | N
     if layer is None:
         return None
     source, target = meeting.twin.inputs[0], meeting.node.outputs[0]
-    given, wanted = meeting.written[source.name or ""], meeting.exact[target.name or ""]  # type: ignore[union-attr]
-    count = len(given)
-    if count < HELD:
+    given = np.concatenate(meeting.written[source.name or ""])  # type: ignore[union-attr]
+    wanted = np.concatenate(meeting.exact[target.name or ""])
+    if len(given) < HELD or len(given) != len(wanted):
         return None
     rows = L.choose(meeting.node, wanted, min(MOST_ROWS, max(ROWS, ROWS_PER_INPUT * layer.weight.shape[1])), rng)
     x, y = L.inputs(layer, given, rows).astype(np.float64), L.outputs(layer, wanted, rows).astype(np.float64)
-    judge = np.repeat(np.arange(count) % HELD == HELD - 1, rows.picks.shape[1])
+    count, each = rows.picks.shape
+    judge = np.repeat(np.arange(count) >= count - count // HELD, each)  # the last samples, whole
     scales = layer.along(np.array(plan.scales, np.float64))
     return _solve(layer, plan, scales, (x[:, ~judge], y[:, ~judge]), (x[:, judge], y[:, judge]))
 
@@ -129,6 +136,37 @@ def _replace(meeting: Meeting, plan: Weight, fitted: Fitted) -> None:
     shape = [1] * fitted.integers.ndim
     shape[plan.axis] = -1
     weight = (fitted.integers * np.array(plan.scales).reshape(shape)).astype(np.float32)
-    meeting.written[meeting.twin.inputs[1].name or ""] = weight  # type: ignore[union-attr]
+    _put(meeting, 1, weight)
     if fitted.bias is not None and len(meeting.twin.inputs) > 2:
-        meeting.written[meeting.twin.inputs[2].name or ""] = fitted.bias.astype(np.float32)  # type: ignore[union-attr]
+        _put(meeting, 2, fitted.bias.astype(np.float32))
+
+
+def _put(meeting: Meeting, position: int, array: Array) -> None:
+    value = meeting.twin.inputs[position]
+    if value is not None:
+        parts = meeting.written[value.name or ""]
+        parts[:] = [array] * len(parts)
+
+
+def affordable(model: ir.Model, data: Dataset, without: frozenset[int]) -> list[M.Tensors]:
+    """Batches of samples other than `without`, as many as LIVE_BYTES of both models' live values allow."""
+    batches: list[M.Tensors] = []
+    room = 0
+    for feed in feeds(M.signature(model), data, BATCH):
+        rows = [i for i in range(feed.rows) if feed.first + i not in without]
+        if not rows:
+            continue
+        fixed = M.batch_of(M.signature(model)) is not None
+        batch = feed.inputs if fixed else {k: v[rows] for k, v in feed.inputs.items()}
+        if not batches:
+            one = batch if fixed else {k: v[:1] for k, v in batch.items()}
+            per_sample = max(1, live_bytes(prepared(model), one)) / len(next(iter(one.values())))
+            room = max(1, int(LIVE_BYTES // (3 * per_sample)))
+        count = len(next(iter(batch.values())))
+        if count > room and (fixed or not room):
+            break
+        batches.append(batch if count <= room else {k: v[:room] for k, v in batch.items()})
+        room -= min(count, room)
+        if not room:
+            break
+    return batches

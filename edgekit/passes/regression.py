@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from edgekit.backends.reference.linear import Window, pad_spatial, window
+from edgekit.windows import Window, pad_spatial, window
 
 Array = np.ndarray[Any, Any]
 
@@ -27,7 +27,6 @@ class Layer:
 
     def restored(self, weight: Array) -> Array:
         """(groups, inputs, outputs) back in the node's own layout."""
-        groups, _, outputs = weight.shape
         if self.node.op_type == "Conv":
             moved: Array = weight.swapaxes(1, 2).reshape(self.shape)
             return moved
@@ -60,28 +59,38 @@ def _transposed(node: ir.Node) -> bool:
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows of a layer to look at: of each image of a convolution, flat output positions (images, per image)."""
+    """Which rows of a layer to look at: of some samples, (n,) in order, flat output positions (n, per sample)."""
 
+    samples: Array
     picks: Array
 
 
 def choose(node: ir.Node, output: Array, rows: int, rng: np.random.Generator) -> Rows:
     """About `rows` rows, the same number from each sample; all of them if there are not more."""
-    if node.op_type == "Conv":
-        images, positions = len(output), int(np.prod(output.shape[2:]))
-    else:
-        images, positions = len(output), int(np.prod(output.shape[1:-1], dtype=np.int64))
-    each = min(positions, max(1, -(-rows // images)))
+    inner = output.shape[2:] if node.op_type == "Conv" else output.shape[1:-1]
+    positions = int(np.prod(inner, dtype=np.int64))
+    samples = np.arange(len(output))
+    if len(samples) > rows:
+        samples = np.sort(rng.choice(samples, rows, replace=False))
+    each = min(positions, max(1, -(-rows // len(samples))))
     if each == positions:
-        return Rows(np.broadcast_to(np.arange(positions), (images, positions)))
-    return Rows(np.stack([rng.choice(positions, each, replace=False) for _ in range(images)]))
+        return Rows(samples, np.broadcast_to(np.arange(positions), (len(samples), positions)))
+    return Rows(samples, np.stack([rng.choice(positions, each, replace=False) for _ in samples]))
+
+
+def choose_input(layer: Layer, x: Array, rows: int, rng: np.random.Generator) -> Rows:
+    """As `choose`, from what the layer reads; the same rows for the same state of `rng`."""
+    if layer.node.op_type == "Conv":
+        size = window(layer.node, layer.shape[2:], x.shape[2:]).out(x.shape[2:])
+        return choose(layer.node, np.broadcast_to(np.float32(0), (len(x), 1, *size)), rows, rng)
+    return choose(layer.node, x, rows, rng)
 
 
 def inputs(layer: Layer, x: Array, rows: Rows) -> Array:
     """The chosen rows of x as (groups, rows, inputs), sample by sample; float32."""
     if layer.node.op_type == "Conv":
         return _patches(layer, x, rows)
-    flat = x.reshape(len(x), -1, x.shape[-1])
+    flat = x[rows.samples].reshape(len(rows.samples), -1, x.shape[-1])
     return np.take_along_axis(flat, rows.picks[:, :, None], axis=1).reshape(1, -1, x.shape[-1])
 
 
@@ -89,10 +98,10 @@ def outputs(layer: Layer, y: Array, rows: Rows) -> Array:
     """The chosen rows of the node's result as (groups, rows, outputs)."""
     groups, _, per = layer.weight.shape
     if layer.node.op_type == "Conv":
-        flat = y.reshape(len(y), groups, per, -1)
-        taken = np.take_along_axis(flat, rows.picks[:, None, None, :], axis=3)  # (n, g, m, r)
+        maps = y[rows.samples].reshape(len(rows.samples), groups, per, -1)
+        taken = np.take_along_axis(maps, rows.picks[:, None, None, :], axis=3)  # (n, g, m, r)
         return taken.transpose(1, 0, 3, 2).reshape(groups, -1, per)
-    flat = y.reshape(len(y), -1, y.shape[-1])
+    flat = y[rows.samples].reshape(len(rows.samples), -1, y.shape[-1])
     return np.take_along_axis(flat, rows.picks[:, :, None], axis=1).reshape(1, -1, per)
 
 
@@ -103,7 +112,7 @@ def _patches(layer: Layer, x: Array, rows: Rows) -> Array:
     size = win.out(x.shape[2:])
     padded = pad_spatial(x, win.begins, win.ends)
     starts = np.unravel_index(rows.picks, size)  # per axis (n, r)
-    image = np.arange(len(x))[:, None]
+    image = rows.samples[:, None]
     taps = []
     for tap in np.ndindex(*kernel):
         at = [s * win.strides[a] + tap[a] * win.dilations[a] for a, s in enumerate(starts)]

@@ -21,7 +21,7 @@ from edgekit.passes import fold_graph as G
 from edgekit.passes.apply_plan import prepared
 from edgekit.passes.calibrate import ChannelRange, channel_ranges
 from edgekit.passes.channels import Channels, End, trace
-from edgekit.passes.rescale import by_input, output_axis, rescale
+from edgekit.passes.rescale import by_input, output_axis, rescaled
 
 if TYPE_CHECKING:
     from edgekit.dataset import Dataset
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 STRENGTHS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-SAMPLES = 64
 _MOST = 2.0**20  # no factor beyond this or below its inverse: float32 keeps its precision
 _TOUCHES = 0.999  # of a Clip's bound: a channel that comes this near is bounded by it
 
@@ -49,33 +48,51 @@ class Smooth:
         """A rescaled copy. Raises NoCalibrationDataError without data."""
         if data is None:
             raise NoCalibrationDataError("smoothing needs calibration data", "pass --data FILE")
-        out = prepared(model)
-        found = trace(out)
-        data = data.bind(M.signature(out)).take(SAMPLES, self.seed)
-        ends = [*found.producers, *found.consumers, *found.clips]
-        axes = {e.value.name or "": e.axis for e in ends}
-        axes.update({n.outputs[0].name or "": e.axis for e in found.consumers for n in [e.node] if not _last(e)})
-        axes.update({e.node.outputs[0].name or "": len(e.node.outputs[0].shape or ()) - 1 for e in found.consumers if _last(e)})
-        seen = channel_ranges(out, data, axes)
-        factors = np.ones(len(found._parent))
-        _hold(found, seen, factors)
+        model = prepared(model)
+        return rescaled(model, self.factors(model, data.bind(M.signature(model))))
+
+    def factors(self, model: ir.Model, data: Dataset) -> dict[str, tuple[float, ...]]:
+        """value -> what to multiply its channels with; empty if nothing is gained. model: prepared; data: bound."""
+        found = trace(model)
+        axes = {e.value.name or "": e.axis for e in (*found.producers, *found.consumers, *found.clips)}
+        axes.update({e.node.outputs[0].name or "": _result_axis(e) for e in found.consumers})
+        seen = channel_ranges(model, data, axes)
+        factors = np.ones(found.count())
+        _even_out(found, factors)
+        _hold(found, seen)
         for members in _sets(found):
             _choose(found, members, seen, factors, self.strength)
-        rescale(out, found, factors)
-        return out
+        if bool((factors == 1).all()):
+            return {}
+        return {e.value.name or "": tuple(factors[found.roots(e.labels)].tolist()) for e in found.ends()}
 
 
-def _last(end: End) -> bool:
-    return end.node.op_type in {"Gemm", "MatMul"}
+def _result_axis(end: End) -> int:
+    return len(end.node.outputs[0].shape or ()) - 1 if end.node.op_type in {"Gemm", "MatMul"} else 1
 
 
-def _hold(found: Channels, seen: dict[str, ChannelRange], factors: Array) -> None:
+def _even_out(found: Channels, factors: Array) -> None:
+    """Bounds that differ from channel to channel, Min(x, vector), become one: a Clip, which kernels fuse."""
+    for end, position in found.bounds:
+        bound = G.array(end.node.inputs[position])
+        roots = found.roots(end.labels)
+        if bound is None or bound.size != len(roots) or not (bound > 0).all() or not found.free(roots).all():
+            continue
+        wanted = bound.max() / bound.reshape(-1).astype(np.float64)
+        if end.node.op_type == "Min" and len(np.unique(roots)) == len(roots):
+            factors[roots] = wanted
+    for end, _ in found.bounds:  # whatever the bounds are now, they stay
+        for label in end.labels:
+            found.hold(int(label))
+
+
+def _hold(found: Channels, seen: dict[str, ChannelRange]) -> None:
     """Channels that reach the bound of a Clip keep their scale."""
     for end in found.clips:
         bound = _bound(end)
         top = seen[end.value.name or ""].high
         for label in end.labels[top >= _TOUCHES * bound]:
-            found._frozen.add(int(label))
+            found.hold(int(label))
 
 
 def _bound(end: End) -> float:
@@ -110,7 +127,7 @@ def _choose(
     limits = np.full(len(roots), np.inf)
     for end in found.clips:
         at = np.array([position.get(int(r), -1) for r in found.roots(end.labels)])
-        room = _bound(end) / np.maximum(seen[end.value.name or ""].high, 1e-30)
+        room = _bound(end) / np.maximum(seen[end.value.name or ""].span, 1e-30)
         np.minimum.at(limits, at[at >= 0], room[at >= 0])
     active = free & (spans > 0)
     best, least = np.ones(len(roots)), sum(layer.noise(np.ones(len(roots))) for layer in layers)
@@ -119,7 +136,7 @@ def _choose(
         noise = sum(layer.noise(trial) for layer in layers)
         if noise < least or strength is not None:
             best, least = trial, noise
-    factors[roots] = best
+    factors[roots[active]] = best[active]
 
 
 def _factors(spans: Array, weights: Array, active: Array, limits: Array, a: float) -> Array:
@@ -142,10 +159,12 @@ def _factors(spans: Array, weights: Array, active: Array, limits: Array, a: floa
 class _Reader:
     """What a consumer adds to the noise. index: of its input channels among the set's roots.
 
-    low, high, power: of each input channel. squares, peaks: Σ and max over taps, (outputs, inputs). result: E[y²].
+    span, low, high, power: of each input channel. squares, peaks: Σ and max over taps, (outputs, inputs).
+    result: E[y²].
     """
 
     index: Array
+    span: Array
     low: Array
     high: Array
     power: Array
@@ -162,12 +181,8 @@ class _Reader:
         stats, result = seen[end.value.name or ""], seen[end.node.outputs[0].name or ""]
         index = np.array([position[int(r)] for r in found.roots(end.labels)])
         return _Reader(
-            index, stats.low, stats.high, stats.power, squares, peaks, taps, np.maximum(result.power, 1e-30)
+            index, stats.span, stats.low, stats.high, stats.power, squares, peaks, taps, np.maximum(result.power, 1e-30)
         )
-
-    @property
-    def span(self) -> Array:
-        return np.maximum(np.abs(self.low), np.abs(self.high))
 
     @property
     def reach(self) -> Array:
@@ -178,7 +193,8 @@ class _Reader:
     def noise(self, factors: Array) -> float:
         """Mean over outputs of (expected squared rounding error) / E[y²], of 8-bit inputs and weights."""
         f = factors[self.index]
-        step = (max((self.high * f).max(), 0.0) - min((self.low * f).min(), 0.0)) / 255
+        top, bottom = np.where(self.high > 0, self.span, 0.0), np.where(self.low < 0, self.span, 0.0)
+        step = ((top * f).max() + (bottom * f).max()) / 255
         from_inputs = step**2 / 12 * (self.squares / f**2).sum(axis=1)
         rows = (self.peaks / f).max(axis=1) / 127
         reads = self.peaks > 0
@@ -187,7 +203,7 @@ class _Reader:
 
 
 def _by_channels(node: ir.Node, weight: Array, channels: int) -> tuple[Array, Array, int]:
-    """(Σ w², max |w|) over taps as (outputs, input channels), 0 where a group does not reach, and the number of taps."""
+    """(Σ w², max |w|) over taps as (outputs, input channels), 0 beyond the group, and the number of taps."""
     if node.op_type == "Conv":
         flat = weight.reshape(*weight.shape[:2], -1).astype(np.float64)
         squares, peaks = np.zeros((len(flat), channels)), np.zeros((len(flat), channels))

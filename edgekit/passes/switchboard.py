@@ -1,4 +1,4 @@
-"""A quantized model whose roundings can be turned on and off one node at a time: what blame and protection measure with."""
+"""A quantized model whose roundings can be turned on and off one node at a time: what blame measures with."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Switchboard:
             v is None or M.constant(v) is not None or _is_rounded(v) for v in producer.inputs
         ):
             return ""
-        return self._plan.fused.get(name) and _before(producer) or name
+        return (self._plan.fused.get(name) and _before(producer)) or name
 
     def _constant(self, graph: ir.Graph, node: ir.Node, originals: Mapping[str, ir.Node]) -> tuple[str, ir.Value]:
         """(unit, the float value) of a dequantized weight, bias or constant operand."""

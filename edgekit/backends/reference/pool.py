@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgekit.backends.reference.linear import Window, pad_spatial, window
 from edgekit.backends.reference.values import Array, Quantized, Real, Value, is_exact, real
+from edgekit.windows import Window, pad_spatial, window
 
 
 def max_pool(node: ir.Node, inputs: list[Value]) -> list[Value]:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from edgekit import model as M
-from edgekit.backends.roundings import small_tail
 from edgekit.errors import DiskError, LabelError, UnsupportedOpError
+from edgekit.passes.roundings import small_tail
 from edgekit.target import STATIC
 
 if TYPE_CHECKING:

@@ -18,10 +18,13 @@ from edgekit.scheme import BOUNDS
 _FLOAT = frozenset({"Softmax", "LogSoftmax", "Gelu", "LayerNormalization", "Erf", "HardSwish"})
 PRODUCTS = frozenset({"MatMul", "Gemm"})
 # cheap in float at the end of a graph, where nothing multiplies any more
-_CHEAP = frozenset(
-    {"Sigmoid", "Tanh", "HardSigmoid", "Relu", "Clip", "LeakyRelu", "Add", "Sub", "Mul", "Reshape", "Flatten"}
-    | {"Squeeze", "Unsqueeze", "Transpose", "Slice", "Concat"}
-) | _FLOAT
+_CHEAP = (
+    frozenset(
+        {"Sigmoid", "Tanh", "HardSigmoid", "Relu", "Clip", "LeakyRelu", "Add", "Sub", "Mul", "Reshape", "Flatten"}
+        | {"Squeeze", "Unsqueeze", "Transpose", "Slice", "Concat"}
+    )
+    | _FLOAT
+)
 
 
 def idle(model: ir.Model, producers: frozenset[str]) -> list[str]:
