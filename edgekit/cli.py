@@ -301,12 +301,21 @@ def report(build: Path, out: Path | None, kind: str | None) -> None:
 @main.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--layers", is_flag=True, help="One line per layer.")
+@click.option("--quantization", is_flag=True, help="MODEL is a build: which layers its int8 error comes from, and why.")
 @_model_options
 @_json_option
-def inspect(model: Path, layers: bool, shapes: dict[str, tuple[int, ...]], trust: bool, as_json: bool) -> None:
+def inspect(
+    model: Path, layers: bool, quantization: bool, shapes: dict[str, tuple[int, ...]], trust: bool, as_json: bool
+) -> None:
     """Signature, operators, parameters, MACs, memory of MODEL, and which backends can take it."""
     from edgekit import pipeline
 
+    if quantization:
+        from edgekit.inspection_quantization import inspect as examine
+        from edgekit.report.terminal import print_quantization
+
+        told = examine(model)
+        return _emit(told) if as_json else print_quantization(told, layers=layers)
     document = pipeline.inspect(model, shapes=shapes, trust=trust)
     if as_json:
         return _emit(document)

@@ -133,12 +133,14 @@ class Conversion:
             identity = {"step": "quantize", "parent": parent, "pass": repr(step), "data": self._data_digest()}
 
             def make() -> tuple[ir.Model, dict[str, Any]]:
+                from edgekit.passes.blame import blame
                 from edgekit.passes.quantize import apply_plan
 
                 self.progress("calibrate", 0, 0)
-                plan: QuantizationPlan = step.plan(model, self.calibration_set)
+                plan: QuantizationPlan = step.plan(model, self.calibration_set, self.progress)
+                found = blame(model, plan, self.calibration_set, self.progress)
                 return apply_plan(model, plan), {
-                    "plan": plan.record(),
+                    "plan": {**plan.record(), "blame": [row.to_json() for row in found]},
                     "calibration": self._calibration_record(),
                 }
 
@@ -184,7 +186,11 @@ class Conversion:
                 notes = backend.lower(model, spec.precision, folder, self._about)
                 self.progress(f"{target.name}: verify {spec.id}", 0, 0)
                 parity = self._verify(backend, folder, model, spec)
-                notes += [*verify.notes(backend.NAME, parity), *_left_float(record.get("plan"))]
+                notes += [
+                    *verify.notes(backend.NAME, parity),
+                    *_left_float(record.get("plan")),
+                    *_blamed(record.get("plan")),
+                ]
                 manifest = self._manifest(target, spec, identity, parent, record, parity, notes)
                 manifest = artifact.write_manifest(folder, manifest)
             status = "made"
@@ -371,6 +377,14 @@ def _left_float(plan: Mapping[str, Any] | None) -> list[str]:
     told = "; ".join(f"{count}: {reason}" for reason, count in reasons)
     whole = len(plan["float_nodes"]) + len(plan["quantized"])
     return [f"{len(plan['float_nodes'])} of {whole} operators stay float ({told})"]
+
+
+def _blamed(plan: Mapping[str, Any] | None) -> list[str]:
+    """The layers that most of the int8 error comes from."""
+    from edgekit.inspection_quantization import worst
+
+    told = worst(plan["blame"]) if plan is not None else ""
+    return [told] if told else []
 
 
 def _current(final: Path, identity: str) -> artifact.Manifest | None:

@@ -13,6 +13,8 @@ from edgekit import model as M
 from edgekit.passes.apply_plan import apply_plan, folded, prepared
 from edgekit.passes.decide import FLOAT
 from edgekit.passes.plan import QuantizationPlan
+from edgekit.passes.rescale import rescaled
+from edgekit.passes.roundings import PRODUCTS, idle, leave_out
 from edgekit.scheme import EQUAL_SCALES, WEIGHTED
 
 Array = np.ndarray[Any, Any]
@@ -32,9 +34,10 @@ class Switchboard:
         self.fetch = tuple(fetch)
         # saturation does what a removed Relu did only as long as its rounding is on
         kept = replace(plan, fused=dict.fromkeys(plan.fused, "kept"))
-        source, written = prepared(model), apply_plan(model, kept)
+        source, written = rescaled(prepared(model), plan.factors), apply_plan(model, kept)
         self.parts: dict[tuple[str, str], str] = {}
         self._plan = plan
+        written = leave_out(written, idle(written, PRODUCTS))
         self._wire(written, {n.name or "": n for n in source.graph})
         self._session = M.FloatSession(written, fetch=self.fetch, optimize=False)
 

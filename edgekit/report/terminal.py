@@ -93,11 +93,12 @@ def print_convert(result: Mapping[str, Any], out: Console | None = None) -> None
             style=None if made else "dim",
         )
     out.print(table)
+    whose: dict[str, list[str]] = {}
     for row in result["artifacts"]:
         failed = [f"NOT to be shipped: {r}" for r in (row.get("parity") or {}).get("reasons") or ()]
-        _list(
-            out, (f"{row['target']}/{row['candidate']}: {text}" for text in (*failed, *row.get("notes", ()))), "yellow"
-        )
+        for text in (*failed, *row.get("notes", ())):
+            whose.setdefault(text, []).append(f"{row['target']}/{row['candidate']}")
+    _list(out, (f"{', '.join(names)}: {text}" for text, names in whose.items()), "yellow")
     _list(out, (f"warning: {w}" for w in result.get("warnings", ())), "yellow")
     out.print(f"{result['build']}", soft_wrap=True)
 
@@ -145,6 +146,37 @@ def print_inspection(document: Mapping[str, Any], *, layers: bool = False, out: 
     _list(out, (*document.get("notes", ()), *document["reasons"]), "yellow")
     if layers:
         out.print(_layer_table(document["layers"]))
+
+
+def print_quantization(document: Mapping[str, Any], *, layers: bool = False, out: Console | None = None) -> None:
+    """What `inspect --quantization` found; layers: all of them instead of the worst."""
+    out = out or console()
+    for plan in document["plans"]:
+        out.print(f"{', '.join(plan['artifacts'])}: {plan['method']}; {plan['samples']} samples", style="bold")
+        tried = _table()
+        for title in ("tried", "SQNR dB", "agrees", "accuracy lost"):
+            tried.add_column(title, justify="left" if title == "tried" else "right")
+        for name, score in plan["tried"].items():
+            agrees, drop = score.get("agreement"), score.get("accuracy_drop")
+            cells = [f"{score['sqnr_db']:.1f}", _share(agrees), _share(drop)]
+            tried.add_row(("→ " if name == plan["method"] else "  ") + name, *cells)
+        out.print(tried)
+        table = _table()
+        for title in ("layer", "alone", "without", "cause"):
+            table.add_column(title, justify="right" if title in ("alone", "without") else "left", overflow="fold")
+        for row in plan["layers"] if layers else plan["layers"][:10]:
+            name = f"{row['op']} {_short(row['node'])}"
+            table.add_row(name, f"{row['alone']:.1%}", f"{row['without']:+.1%}", row["cause"])
+        out.print(table)
+        _list(out, plan["warnings"], "yellow")
+    out.print(
+        "Shares of the whole int8 error at the outputs: of a layer alone, and what vanishes when only it stays float.",
+        style="dim",
+    )
+
+
+def _share(value: float | None) -> str:
+    return summary.NONE if value is None else f"{value:.1%}"
 
 
 def _scale(quantization: Mapping[str, Any] | None) -> str:
