@@ -127,8 +127,7 @@ def _explained(model: ir.Model, plan: QuantizationPlan, data: Dataset, rows: lis
     told = []
     for row in worst:
         node, name = nodes.get(row.node), results[row.node]
-        array = seen.get(name)
-        told.append(replace(row, cause=_cause(row, node, plan.activations.get(name), array)))
+        told.append(replace(row, cause=_cause(row, node, plan.activations.get(name), seen.get(name))))
     return told + rows[NAMED:]
 
 
