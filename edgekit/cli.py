@@ -82,6 +82,20 @@ def _shapes(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> d
     return out
 
 
+def _seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
+    """`60`, `60s` or `2m`."""
+    if value is None:
+        return None
+    unit = {"s": 1, "m": 60}.get(value[-1:], 0)
+    try:
+        seconds = float(value[:-1] if unit else value) * (unit or 1)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise click.BadParameter(f"'{value}': give seconds or minutes, for example 60s or 2m")
+    return seconds
+
+
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def decorate(function: Any) -> Any:
         for option in reversed(options):
@@ -150,8 +164,21 @@ def main() -> None:
 @click.option("--precision", "precisions", multiple=True, help="Only these (float32 is kept as the baseline).")
 @click.option("--samples", type=click.IntRange(1), default=256, show_default=True, help="Calibration samples.")
 @click.option(
-    "--calibration", type=click.Choice(["auto", "minmax", "percentile", "mse"]), default="auto", show_default=True
+    "--quantize",
+    "calibration",
+    type=click.Choice(["auto", "output", "minmax", "average", "percentile", "mse", "kl"]),
+    default="auto",
+    show_default=True,
+    help="auto tries methods and keeps what loses least; or one way to choose ranges.",
 )
+@click.option("--search-time", callback=_seconds, metavar="60s", help="Try nothing further after this time.")
+@click.option(
+    "--max-accuracy-drop",
+    type=click.FloatRange(0, 1),
+    metavar="X",
+    help="Leave layers in float until int8 loses at most X (0.005: half a point).",
+)
+@click.option("--plan", type=click.Path(path_type=Path), metavar="plan.toml", help="Quantize as this file says.")
 @click.option("--weight-bits", type=click.Choice(["auto", "7", "8"]), default="auto", show_default=True)
 @click.option(
     "--io",

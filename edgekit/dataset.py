@@ -66,12 +66,15 @@ class Dataset:
     _reader: Reader
     _bound: tuple[InputBinding, ...] = ()
     _rule: LabelRule = "as stored"
-    _takes: tuple[tuple[int, int], ...] = ()
+    _takes: tuple[tuple[int, int, bool], ...] = ()  # (samples, seed, whether the others are meant)
     _stored: Reader | None = field(default=None, repr=False)  # the reader before a model asked for gray or RGB
 
     @property
     def samples(self) -> int:
-        return min([self._reader.samples, *(n for n, _ in self._takes)])
+        have = self._reader.samples
+        for n, _, others in self._takes:
+            have = max(0, have - n) if others else min(have, n)
+        return have
 
     @property
     def labelled(self) -> bool:
@@ -108,7 +111,11 @@ class Dataset:
         """A random subset of n samples, the same for the same seed; all of them if there are no more than n."""
         if n < 1:
             raise DatasetError(f"{n} samples asked of data '{self.name}'", "ask for at least one")
-        return replace(self, _takes=(*self._takes, (n, seed))) if n < self.samples else self
+        return replace(self, _takes=(*self._takes, (n, seed, False))) if n < self.samples else self
+
+    def rest(self, n: int, seed: int = 0) -> Dataset:
+        """The samples that `take` leaves with the same arguments; perhaps none."""
+        return replace(self, _takes=(*self._takes, (n, seed, True)))
 
     def bind(self, sig: Signature) -> Dataset:
         """The dataset in the model's input names, dtypes and shapes, and labels as class numbers where it classifies.
@@ -196,10 +203,14 @@ class Dataset:
     def _selection(self) -> Array | None:
         """Sorted positions of the samples taken, None for all. Replayed here, for bind may change what a sample is."""
         chosen: Array | None = None
-        for n, seed in self._takes:
+        for n, seed, others in self._takes:
             have = self._reader.samples if chosen is None else len(chosen)
+            picked = np.arange(have)
             if n < have:
                 picked = np.sort(np.random.default_rng(seed).choice(have, n, replace=False)).astype(np.int64)
+            if others:
+                picked = np.setdiff1d(np.arange(have), picked)
+            if len(picked) < have:
                 chosen = picked if chosen is None else chosen[picked]
         return chosen
 

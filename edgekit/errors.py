@@ -145,6 +145,12 @@ class RegressionError(EdgekitError):
     exit_code = 1
 
 
+class BudgetError(EdgekitError):
+    """No quantized form of the model keeps within the accuracy that may be lost."""
+
+    exit_code = 55
+
+
 # --- running ---------------------------------------------------------------------------------------
 class WorkerError(EdgekitError):
     """A measuring process died, hung or reported a failure of its runtime."""

@@ -12,6 +12,7 @@ from edgekit.arguments import names, open_data
 from edgekit.benching import bench, latest_document, report
 from edgekit.compare import compare
 from edgekit.errors import (
+    BudgetError,
     ConversionMismatchError,
     MissingExtraError,
     NoCalibrationDataError,
@@ -69,6 +70,9 @@ def convert(
     calibration: str = "auto",
     weight_bits: str | int = "auto",
     keep_float: Sequence[str] = (),
+    plan: Path | str | None = None,
+    search_time: float | None = None,
+    max_accuracy_drop: float | None = None,
     random_calibration: bool = False,
     seed: int = 0,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
@@ -85,16 +89,22 @@ def convert(
 
     model: path of a .keras, .h5, SavedModel folder or .onnx.
     data: calibration data (see `edgekit.open_dataset`); needed for int8 unless `random_calibration`.
+    plan: a plan.toml to apply, or to take overrides from; applied unchanged it needs no data.
+    search_time: seconds after which no further way to quantize is tried. max_accuracy_drop: layers stay float until
+    int8 loses no more, on samples that nothing was chosen by; where that fails int8 is not made.
     io: "int8" gives int8 artifacts integer inputs and outputs, where the format has them (tflite).
     input_layout: axis order of image inputs; "keep" leaves the model's own.
     precisions: only these; float32 is always made beside them, as the baseline that `bench` compares with.
     Returns a JSON-ready summary; writes `out/<target>/<backend>-<precision>/`.
     """
+    from edgekit.passes.plan_file import read as read_plan
     from edgekit.stages import Conversion
 
     work = _plan_work([load_target(name, targets_dir) for name in names(targets)], precisions)
     wants_int8 = any(w.candidate.precision in STATIC and not w.skipped for w in work)
-    if wants_int8 and data is None and not random_calibration:
+    told = None if plan is None else read_plan(Path(plan))
+    whole = told is not None and told.plan is not None and not told.overrides
+    if wants_int8 and data is None and not random_calibration and not whole:
         raise NoCalibrationDataError(
             "int8 needs calibration data",
             "pass --data FILE (a few hundred samples), or --precision float32, or --random-calibration",
@@ -110,6 +120,9 @@ def convert(
         samples=samples,
         calibration=calibration,
         keep_float=tuple(keep_float),
+        plan=told,
+        search_time=search_time,
+        max_accuracy_drop=max_accuracy_drop,
         random_calibration=random_calibration,
         seed=seed,
         shapes=dict(shapes or {}),
@@ -141,7 +154,7 @@ def _make(job: Conversion, item: _Work, bits: int) -> dict[str, Any]:
         return {**row, "status": "not run", "why": item.skipped}
     try:
         return {**row, **job.candidate(item.target, item.candidate, bits)}
-    except UnsupportedOpError as error:
+    except (UnsupportedOpError, BudgetError) as error:
         job.retire(item.target.name, item.candidate.id)
         return {**row, "status": "not run", "why": error.what}
 

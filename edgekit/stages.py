@@ -25,7 +25,8 @@ from edgekit.target import STATIC, CandidateSpec, Target
 
 if TYPE_CHECKING:
     from edgekit.dataset import Dataset
-    from edgekit.passes.plan import QuantizationPlan
+    from edgekit.passes.plan_file import PlanFile
+    from edgekit.passes.quantize import QuantizeInt8
 
 FOLD_BOUND = 1e-4  # of the largest output: float32 rounding through a deep network; the issue's own bound
 FOLD_SAMPLES = 32
@@ -51,6 +52,9 @@ class Conversion:
     progress: Progress
     io: Literal["float32", "int8"] = "float32"
     input_layout: Literal["keep", "NHWC", "NCHW"] = "keep"
+    search_time: float | None = None
+    max_accuracy_drop: float | None = None
+    plan: PlanFile | None = None
     warnings: list[str] = field(default_factory=list)
     _quantized: dict[tuple[int, int], tuple[ir.Model, dict[str, Any], str]] = field(default_factory=dict)
 
@@ -120,6 +124,7 @@ class Conversion:
         """(QDQ model, {"plan", "calibration"}, key)."""
         bits = (weight_bits, activation_bits)
         if bits not in self._quantized:
+            from edgekit import quantizing
             from edgekit.passes.quantize import QuantizeInt8
 
             model, _, parent = self.folded
@@ -128,25 +133,39 @@ class Conversion:
                 activation_bits=activation_bits,  # type: ignore[arg-type]
                 calibration=self.calibration,  # type: ignore[arg-type]
                 keep_float=self.keep_float,
+                search_time=self.search_time,
                 seed=self.seed,
             )
-            identity = {"step": "quantize", "parent": parent, "pass": repr(step), "data": self._data_digest()}
+            told = self.plan
+            if told is not None:
+                step = quantizing.overridden(step, told, model)
+            identity = {
+                "step": "quantize",
+                "parent": parent,
+                "pass": repr(step),
+                "data": self._data_digest(),
+                "budget": self.max_accuracy_drop,
+                "plan": None
+                if told is None or told.plan is None
+                else artifact.digest_json(json.loads(told.plan.to_json())),
+            }
 
             def make() -> tuple[ir.Model, dict[str, Any]]:
-                from edgekit.passes.blame import blame
-                from edgekit.passes.quantize import apply_plan
-
-                self.progress("calibrate", 0, 0)
-                plan: QuantizationPlan = step.plan(model, self.calibration_set, self.progress)
-                found = blame(model, plan, self.calibration_set, self.progress)
-                return apply_plan(model, plan), {
-                    "plan": {**plan.record(), "blame": [row.to_json() for row in found]},
-                    "calibration": self._calibration_record(),
-                }
+                return self._quantize(model, step)
 
             title = f"quantize to int{activation_bits}, {weight_bits}-bit weights"
             self._quantized[bits] = self._stage(title, identity, make)
         return self._quantized[bits]
+
+    def _quantize(self, model: ir.Model, step: QuantizeInt8) -> tuple[ir.Model, dict[str, Any]]:
+        from edgekit import quantizing
+
+        if self.plan is not None and self.plan.plan is not None and not self.plan.overrides:
+            return quantizing.repeated(model, self.plan.plan)
+        samples = quantizing.Samples(self.calibration_set, self.bound.rest(self.samples, self.seed))
+        plan, record = quantizing.plan(model, step, samples, self.max_accuracy_drop, self.progress)
+        quantizing.write(self.root, plan, model)
+        return quantizing.applied(model, plan), {**record, "calibration": self._calibration_record()}
 
     # --- artifacts ---------------------------------------------------------------------------------
     def candidate(self, target: Target, spec: CandidateSpec, weight_bits: int) -> dict[str, Any]:

@@ -22,10 +22,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from edgekit.budget import AGREEMENT_PER_DROP
+
 Row = Mapping[str, Any]
 
-# Unlabelled agreement >= .96 went with a loss of <= 0.2 points, .92 with 1.6: docs/adr/0003
-AGREEMENT_PER_DROP = 4.0
 EQUAL = 1.03  # the bound that the harness itself is held to: benchmarks/harness_overhead.py
 _SMALLER = 0.95  # a size difference below 5 % is no reason to prefer
 

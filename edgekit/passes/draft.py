@@ -137,16 +137,22 @@ def activations(
     method: Method | Mapping[str, Method],
     everything: bool,
     bits: Bits,
+    given: Mapping[str, tuple[float, float] | Method] = {},
 ) -> dict[str, Activation]:
     """Parameters of every value; members of a group share the union of their ranges.
 
-    method: for all values, or of each.
+    method: for all values, or of each. given: ranges or methods that were asked for by name.
     """
     ranges: dict[str, tuple[float, float, Method]] = {}
     for name in decision.activations:
         # clipped logits hide in top-1 and ruin everything else
         chosen = method if isinstance(method, str) else method[name]
         way: Method = "minmax" if name in decision.outputs else chosen
+        asked = given.get(name)
+        if isinstance(asked, tuple):
+            ranges[name] = (*asked, "given")
+            continue
+        way = asked or way
         low, high = seen[name].range(way, everything)
         ranges[name] = (low, high, way) if low <= high else (0.0, 0.0, way)
     operands = {v.name: v for node in model.graph for v in node.inputs if v is not None}
@@ -159,6 +165,7 @@ def activations(
     out: dict[str, Activation] = {}
     for group in [*groups, *((n,) for n in ranges if n not in grouped)]:
         members = [ranges[n] for n in group if n in ranges]
+        members = [m for m in members if m[2] == "given"] or members
         ways = {m[2] for m in members} - {"constant"} or {"constant"}
         shared = activation(min(m[0] for m in members), max(m[1] for m in members), sorted(ways)[0], bits)
         out.update((n, decision.fixed.get(n, shared)) for n in group if n in ranges)

@@ -17,7 +17,7 @@ from edgekit.scheme import fixed_output
 # 1: first version; 2: activations have a number of bits; 3: weights may have integers of their own
 PLAN_SCHEMA = 3
 
-Method = Literal["minmax", "wide", "wider", "average", "percentile", "mse", "kl", "fixed", "constant"]
+Method = Literal["minmax", "wide", "wider", "average", "percentile", "mse", "kl", "given", "fixed", "constant"]
 Fate = Literal["removed", "kept"]
 Bits = Literal[8, 16]
 

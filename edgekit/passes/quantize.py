@@ -29,6 +29,7 @@ __all__ = ["QuantizeInt8", "apply_plan"]
 
 Calibration = Literal["auto", "output", "minmax", "average", "percentile", "mse", "kl"]
 PER_TENSOR, CORRECTED, ROUNDED, SMOOTHED = "range per tensor", "bias corrected", "weights reconstructed", "smoothed"
+REQUESTED = "kept float on request"
 # A rescaled model this much worse (dB) before its weights are repaired is not better after.
 HOPELESS_DB = 3.0
 
@@ -43,7 +44,8 @@ class QuantizeInt8:
     rounding: of the weights, to the nearest or by reconstruction, which corrects the bias as well. bias_correction: of
     weights rounded to the nearest. smooth: whether activation channels are rescaled.
     Each "auto" is decided by what leaves held-back samples closest to the float model.
-    keep_float: names of nodes to leave alone. search_time: seconds after which nothing further is tried.
+    keep_float: names of nodes to leave alone. tensors: (name, range or estimator) of those not to be chosen for.
+    search_time: seconds after which nothing further is tried.
     """
 
     weight_bits: Literal[7, 8] = 8
@@ -55,6 +57,7 @@ class QuantizeInt8:
     per_channel: bool = True
     batch_size: int = 32
     keep_float: tuple[str, ...] = ()
+    tensors: tuple[tuple[str, tuple[float, float] | Method], ...] = ()
     search_time: float | None = None
     seed: int = 0
 
@@ -76,6 +79,18 @@ class QuantizeInt8:
             if name not in names:
                 raise UnsupportedOpError(f"no node '{name}' to keep in float", "`edgekit inspect` lists the names")
         return _Search(self, model, data, progress).run()
+
+
+def as_planned(step: QuantizeInt8, plan: QuantizationPlan) -> QuantizeInt8:
+    """The step with what the search chose, so that nothing is searched again."""
+    words = plan.method.split(", ")
+    return replace(
+        step,
+        calibration="output" if words[0] == PER_TENSOR else words[0],  # type: ignore[arg-type]
+        rounding="reconstruct" if ROUNDED in words else "nearest",
+        bias_correction="on" if CORRECTED in words else "off",
+        smooth="on" if SMOOTHED in words else "off",
+    )
 
 
 @dataclass(frozen=True)
@@ -102,7 +117,8 @@ class _Search:
     def run(self) -> QuantizationPlan:
         trials: dict[str, tuple[_Variant, Method | Mapping[str, Method], str]] = {}
 
-        def attempt(variant: _Variant, method: Method | Mapping[str, Method], finish: str) -> str:
+        def attempt(variant: _Variant | None, method: Method | Mapping[str, Method], finish: str) -> str:
+            assert variant is not None
             parts = [_word(method), *([SMOOTHED] if variant.factors else []), *([finish] if finish else [])]
             name = ", ".join(parts)
             if name not in self.scores:
@@ -112,26 +128,22 @@ class _Search:
                 trials[name] = variant, method, finish
             return name
 
-        plain = self._variant(self.model, {})
         first = "" if self.step.bias_correction == "off" else CORRECTED
-        for method in self._methods(plain):
+        plain = self._variant(self.model, {}) if self.step.smooth != "on" else None
+        for method in self._methods(plain) if plain is not None else ():
             attempt(plain, method, first)
-        smoothed = self._smoothed()
+        smoothed = self._smoothed(needed=plain is None)
         if smoothed is not None:
             attempt(smoothed, self._methods(smoothed)[0], first)
-        if self.step.smooth == "on" and smoothed is not None:
-            for name in [n for n, t in trials.items() if t[0] is plain]:
-                del trials[name], self.scores[name]
         if self.step.rounding != "nearest":
             leaders = sorted(self.scores, key=lambda n: -self.scores[n].sqnr_db)
             for name in leaders[:3]:
                 near = self.scores[name].sqnr_db > self.scores[leaders[0]].sqnr_db - HOPELESS_DB
                 if near and not self._late():
                     attempt(trials[name][0], trials[name][1], ROUNDED)
-        if self.step.rounding != "reconstruct" and self.step.bias_correction == "auto":
+        if self.step.rounding == "auto" and self.step.bias_correction == "auto" and not self._late():
             variant, method, _ = trials[judge.best(self.scores)]
-            if not self._late():
-                attempt(variant, method, "")
+            attempt(variant, method, "")
         # the repaired weights go first: it takes evidence to prefer another to what is better nearly everywhere
         ranked = sorted(
             self.scores,
@@ -153,17 +165,20 @@ class _Search:
         return [variant.best if self.step.calibration == "output" else self.step.calibration]
 
     # --- variants ------------------------------------------------------------------------------------
-    def _smoothed(self) -> _Variant | None:
-        if self.step.smooth == "off" or self._late():
+    def _smoothed(self, needed: bool) -> _Variant | None:
+        """The rescaled model; None if nothing is gained, unless one is `needed`."""
+        if self.step.smooth == "off" or (self._late() and not needed):
             return None
         self.progress("smooth activations", 0, 0)
         factors = Smooth(seed=self.step.seed).factors(self.model, self.data)
-        return self._variant(rescaled(self.model, factors), factors) if factors else None
+        if not factors and not needed:
+            return None
+        return self._variant(rescaled(self.model, factors), factors)
 
     def _variant(self, model: ir.Model, factors: Mapping[str, tuple[float, ...]]) -> _Variant:
         self.progress("calibrate", 0, 0)
         step = self.step
-        forced = dict.fromkeys(step.keep_float, "kept float on request")
+        forced = dict.fromkeys(step.keep_float, REQUESTED)
         seen = observe(
             model,
             self.data,
@@ -201,7 +216,9 @@ class _Search:
         self, variant: _Variant, method: Method | Mapping[str, Method], *, everything: bool
     ) -> QuantizationPlan:
         step, decision = self.step, variant.decision
-        activations = draft.activations(variant.model, decision, variant.seen, method, everything, step.activation_bits)
+        activations = draft.activations(
+            variant.model, decision, variant.seen, method, everything, step.activation_bits, dict(step.tensors)
+        )
         nodes = {node.name: node for node in variant.model.graph}
         weights = {}
         for name in decision.quantized:
