@@ -18,7 +18,7 @@ from edgekit.passes.blame import Blame, blame
 from edgekit.passes.decide import weight_of
 from edgekit.passes.judge import Judge, Score
 from edgekit.passes.plan import QuantizationPlan
-from edgekit.passes.quantize import QuantizeInt8, as_planned
+from edgekit.passes.quantize import QuantizeInt8
 from edgekit.report.progress import Progress, silent
 from edgekit.scheme import EQUAL_SCALES
 
@@ -92,40 +92,40 @@ def protect(
         )
     chooser = Judge(model, rest.take(half, step.seed), frozenset(), step.batch_size, most=MOST)
     confirmer = Judge(model, rest.rest(half, step.seed), frozenset(), step.batch_size, most=MOST)
-    plan = step.plan(model, data, progress)
+    search = step.search(model, data, progress)
+    plan = search.run()
     score = confirmer.score(apply_plan(model, plan))
     unprotected, _ = _lost(score)
     if unprotected <= budget and _lost(chooser.score(apply_plan(model, plan)))[0] <= budget:
         return plan, _kept(budget, score, confirmer, unprotected, {})
     order = _order(model, plan, blame(model, plan, data, progress))
-    fixed = as_planned(step, plan)
+    tries: dict[int, tuple[QuantizationPlan, dict[str, str]]] = {}
 
     def attempt(count: int) -> tuple[QuantizationPlan, dict[str, str]]:
-        chosen: dict[str, str] = {}
-        for names, why in order[:count]:
-            chosen.update({n: why for n in names if n not in chosen})
-        progress(f"protect {len(chosen)} layers", 0, 0)
-        keep = tuple(dict.fromkeys((*step.keep_float, *chosen)))
-        return replace(fixed, keep_float=keep).plan(model, data), chosen
+        if count not in tries:
+            chosen: dict[str, str] = {}
+            for names, why in order[:count]:
+                chosen.update({n: why for n in names if n not in chosen})
+            progress(f"protect {len(chosen)} layers", 0, 0)
+            made = search.again(tuple(chosen))
+            tries[count] = replace(made, float_nodes={**made.float_nodes, **chosen}, scores=plan.scores), chosen
+        return tries[count]
 
     def holds(count: int) -> bool:
         return _lost(chooser.score(apply_plan(model, attempt(count)[0])))[0] <= budget
 
     count = 1
-    while True:
-        while count < len(order) and not holds(count):
-            count = min(len(order), 2 * count)
-        count = _fewest(count, holds)
-        tried, chosen = attempt(count)
-        score = confirmer.score(apply_plan(model, tried))
-        if _lost(score)[0] <= budget:
-            break
-        if count >= len(order):
-            raise BudgetError(
-                f"int8 cannot keep within {budget:.2%}: {_lost(score)[0]:.2%} lost with {len(chosen)} layers in float",
-                "allow more with --max-accuracy-drop, or ship float32",
-            )
-        count = min(len(order), count + max(1, count // 2))
+    while count < len(order) and not holds(count):
+        count = min(len(order), 2 * count)
+    count = _fewest(count, holds)
+    while _lost(score := confirmer.score(apply_plan(model, attempt(count)[0])))[0] > budget and count < len(order):
+        count = min(len(order), 2 * count)
+    tried, chosen = attempt(count)
+    if _lost(score)[0] > budget:
+        raise BudgetError(
+            f"int8 cannot keep within {budget:.2%}: {_lost(score)[0]:.2%} lost with {len(chosen)} layers in float",
+            "allow more with --max-accuracy-drop, or ship float32",
+        )
     if not any(n in tried.weights for n in plan.weights):
         raise BudgetError(
             f"int8 cannot keep within {budget:.2%}: no layer of weights is left in int8",

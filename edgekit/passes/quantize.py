@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -67,6 +67,10 @@ class QuantizeInt8:
 
     def plan(self, model: ir.Model, data: Dataset | None, progress: Progress = silent) -> QuantizationPlan:
         """Every decision. Raises NoCalibrationDataError, NonFiniteError, UnsupportedOpError (already quantized)."""
+        return self.search(model, data, progress).run()
+
+    def search(self, model: ir.Model, data: Dataset | None, progress: Progress = silent) -> Search:
+        """What `plan` runs. Raises the same."""
         if data is None:
             raise NoCalibrationDataError(
                 "int8 needs calibration data", "pass --data FILE with samples like those at run time"
@@ -78,7 +82,7 @@ class QuantizeInt8:
         for name in self.keep_float:
             if name not in names:
                 raise UnsupportedOpError(f"no node '{name}' to keep in float", "`edgekit inspect` lists the names")
-        return _Search(self, model, data, progress).run()
+        return Search(self, model, data, progress)
 
 
 def as_planned(step: QuantizeInt8, plan: QuantizationPlan) -> QuantizeInt8:
@@ -104,8 +108,13 @@ class _Variant:
     best: Mapping[str, Method]  # estimator of each value by the error at the layers' outputs; empty if not asked for
 
 
-class _Search:
-    """Tries methods in order of their price, judges each on the held-back samples, then repeats the best on all."""
+class Search:
+    """Tries methods in order of their price, judges each on the held-back samples, then repeats the best on all.
+
+    chosen: of the last run, (variant, estimators, finish).
+    """
+
+    chosen: tuple[_Variant, Method | Mapping[str, Method], str]
 
     def __init__(self, step: QuantizeInt8, model: ir.Model, data: Dataset, progress: Progress) -> None:
         self.step, self.model, self.data, self.progress = step, model, data, progress
@@ -151,10 +160,19 @@ class _Search:
         )
         if self.step.rounding == "reconstruct":
             ranked = [n for n in ranked if trials[n][2] == ROUNDED] or ranked
-        variant, method, finish = trials[judge.best({n: self.scores[n] for n in ranked})]
+        self.chosen = trials[judge.best({n: self.scores[n] for n in ranked})]
         self.progress("quantize with all samples", 0, 0)
-        plan = self._finished(variant, method, finish, everything=True)
+        plan = self._finished(*self.chosen, everything=True)
         return replace(plan, scores={name: score.figures() for name, score in self.scores.items()})
+
+    def again(self, keep_float: Sequence[str]) -> QuantizationPlan:
+        """The plan of the last run with other nodes in float; what was observed is not observed again."""
+        variant, method, finish = self.chosen
+        forced = dict.fromkeys((*self.step.keep_float, *keep_float), REQUESTED)
+        decision = self._decided(variant.model, variant.seen, forced)
+        if not isinstance(method, str):
+            method = {name: method.get(name, "minmax") for name in decision.activations}
+        return self._finished(replace(variant, decision=decision), method, finish, everything=True)
 
     def _late(self) -> bool:
         return self.step.search_time is not None and time.monotonic() - self.start > self.step.search_time
@@ -178,7 +196,6 @@ class _Search:
     def _variant(self, model: ir.Model, factors: Mapping[str, tuple[float, ...]]) -> _Variant:
         self.progress("calibrate", 0, 0)
         step = self.step
-        forced = dict.fromkeys(step.keep_float, REQUESTED)
         seen = observe(
             model,
             self.data,
@@ -187,10 +204,7 @@ class _Search:
             held=self.held,
             means=draft.multiplied(model),
         )
-        decision = decide(model, forced, step.activation_bits)
-        while extra := draft.unfit(model, decision, seen):
-            forced |= extra
-            decision = decide(model, forced, step.activation_bits)
+        decision = self._decided(model, seen, dict.fromkeys(step.keep_float, REQUESTED))
         check_finite(seen, decision.activations)
         best: Mapping[str, Method] = {}
         if step.activation_bits == 8 and step.calibration not in ("minmax", "average"):
@@ -199,6 +213,13 @@ class _Search:
             if step.calibration in ("auto", "output"):
                 best = ranges.by_output(model, decision, seen, self.data, self.held, step.seed)
         return _Variant(model, factors, decision, seen, best)
+
+    def _decided(self, model: ir.Model, seen: dict[str, Observed], forced: dict[str, str]) -> Decision:
+        decision = decide(model, forced, self.step.activation_bits)
+        while extra := draft.unfit(model, decision, seen):
+            forced |= extra
+            decision = decide(model, forced, self.step.activation_bits)
+        return decision
 
     # --- plans -----------------------------------------------------------------------------------------
     def _finished(
