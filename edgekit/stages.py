@@ -134,6 +134,7 @@ class Conversion:
                 calibration=self.calibration,  # type: ignore[arg-type]
                 keep_float=self.keep_float,
                 search_time=self.search_time,
+                integer_softmax=self.io == "int8",
                 seed=self.seed,
             )
             told = self.plan
@@ -209,6 +210,7 @@ class Conversion:
                     *verify.notes(backend.NAME, parity),
                     *_left_float(record.get("plan")),
                     *_blamed(record.get("plan")),
+                    *record.get("told", ()),
                 ]
                 manifest = self._manifest(target, spec, identity, parent, record, parity, notes)
                 manifest = artifact.write_manifest(folder, manifest)

@@ -42,20 +42,23 @@ class Decision:
     outputs: frozenset[str] = field(default_factory=frozenset)
 
 
-def decide(model: ir.Model, forced: Mapping[str, str], bits: Bits = 8) -> Decision:
+def decide(model: ir.Model, forced: Mapping[str, str], bits: Bits = 8, *, integer_softmax: bool = False) -> Decision:
     """model: prepared (named nodes, inferred types). forced: node -> reason, for nodes that must stay float.
 
-    bits: of activations.
+    bits: of activations. integer_softmax: whether a Softmax inside the model is to run on integers, whose kernels give
+    steps of 1/256 only; computed in float, the weights of an attention over many tokens keep finer ones.
     """
     reasons = dict(forced)
     while True:
-        decision, conflicts = _decide(model, reasons, bits)
+        decision, conflicts = _decide(model, reasons, bits, integer_softmax)
         if not conflicts:
             return decision
         reasons.update(conflicts)
 
 
-def _decide(model: ir.Model, forced: Mapping[str, str], bits: Bits) -> tuple[Decision, dict[str, str]]:
+def _decide(
+    model: ir.Model, forced: Mapping[str, str], bits: Bits, integer_softmax: bool
+) -> tuple[Decision, dict[str, str]]:
     graph = model.graph
     float_nodes: dict[str, str] = {}
     chosen: dict[str, ir.Node] = {}
@@ -79,7 +82,8 @@ def _decide(model: ir.Model, forced: Mapping[str, str], bits: Bits) -> tuple[Dec
     fused = {name: producer for name, producer in fused.items() if producer in chosen}
     activations, constants = _values(chosen, fused)
     groups = _groups(chosen, fused)
-    pinned, conflicts = _pins(chosen, fused, groups, activations, bits)
+    free = frozenset() if integer_softmax or bits == 16 else _inner_softmax(chosen)
+    pinned, conflicts = _pins(chosen, fused, groups, activations, bits, free)
     order = [n.name or "" for n in graph]
     decision = Decision(
         quantized=tuple(n for n in order if n in chosen),
@@ -307,12 +311,25 @@ def _groups(chosen: Mapping[str, ir.Node], fused: Mapping[str, str]) -> list[lis
     return [sorted(s) for _, s in sorted(sets.items())]
 
 
+def _inner_softmax(chosen: Mapping[str, ir.Node]) -> frozenset[str]:
+    """Softmax nodes that only matrix products read: of an attention."""
+    return frozenset(
+        name
+        for name, node in chosen.items()
+        if node.op_type == "Softmax"
+        and (readers := [use.node for use in node.outputs[0].uses()])
+        and all(r.op_type == "MatMul" for r in readers)
+        and not node.outputs[0].is_graph_output()
+    )
+
+
 def _pins(
     chosen: Mapping[str, ir.Node],
     fused: Mapping[str, str],
     groups: list[list[str]],
     activations: list[str],
     bits: Bits,
+    free: frozenset[str],
 ) -> tuple[dict[str, Activation], dict[str, str]]:
     """Fixed parameters, spread over each group; and the joins that would force them on a value they do not fit."""
     produced: dict[str, ir.Node] = {v.name: n for n in chosen.values() for v in n.outputs if v.name}
@@ -322,7 +339,7 @@ def _pins(
     for group in [*groups, *([name] for name in activations)]:
         sources = [n for n in group if n not in produced or produced[n].op_type not in MOVES]
         pins = {
-            fixed(produced[n].op_type, bits) if n in produced and produced[n].name not in swallowed else None
+            fixed(produced[n].op_type, bits) if n in produced and produced[n].name not in swallowed | free else None
             for n in sources
         }
         if len(pins) == 1 and (pin := next(iter(pins))) is not None:

@@ -18,6 +18,7 @@ from edgekit.passes.plan import Activation, Bits, Fate, Method, QuantizationPlan
 Array = np.ndarray[Any, Any]
 # Operands of an addition further apart than this share no int8 scale: the smaller would vanish (masks, -1e9 offsets).
 MASK_RATIO = 1e4
+SOFTMAX_RATIO = 8.0  # 32 of 256 levels are left for the smaller: masks of -10000 on scores of 10 are common (BERT)
 # |bias| and the sum of products each get half of int32.
 HALF_RANGE = 2.0**30
 
@@ -100,11 +101,17 @@ def unfit(model: ir.Model, decision: Decision, seen: dict[str, Observed]) -> dic
         results = [s for v in node.outputs if (s := _span(v, seen)) is not None]
         if any(s > HUGE for s in [*spans, *results]) and node.op_type != "MatMul":
             out[node.name or ""] = "its values are as good as infinite"
-        elif node.op_type in {"Add", "Sub"} and len(spans) == 2 and max(spans) > MASK_RATIO * min(spans) > 0:
+        elif node.op_type in {"Add", "Sub"} and len(spans) == 2 and max(spans) > _most(node) * min(spans) > 0:
             out[node.name or ""] = (
                 f"its operands are {max(spans):.3g} and {min(spans):.3g} wide: one scale would lose the smaller"
             )
     return {name: reason for name, reason in out.items() if name}
+
+
+def _most(node: ir.Node) -> float:
+    """How much wider one operand may be: little before a Softmax, where the wider is a mask that wipes classes out."""
+    readers = [use.node for value in node.outputs for use in value.uses()]
+    return SOFTMAX_RATIO if readers and all(r.op_type == "Softmax" for r in readers) else MASK_RATIO
 
 
 def _mask_in_bias(node: ir.Node, seen: dict[str, Observed]) -> str | None:

@@ -135,7 +135,7 @@ def _single(
         "node",
         [info(k, v) for k, v in feeds[0].items()],
         [onnx.ValueInfoProto(name=v.name) for v in outputs],
-        [onnx.numpy_helper.from_array(np.ascontiguousarray(v), k) for k, v in constants.items()],
+        [onnx.numpy_helper.from_array(np.asarray(v, order="C"), k) for k, v in constants.items()],
     )
     opsets = [h.make_opsetid(domain, version) for domain, version in imports.items()]
     proto = h.make_model(graph, opset_imports=opsets, ir_version=10)

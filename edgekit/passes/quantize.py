@@ -44,6 +44,7 @@ class QuantizeInt8:
     rounding: of the weights, to the nearest or by reconstruction, which corrects the bias as well. bias_correction: of
     weights rounded to the nearest. smooth: whether activation channels are rescaled.
     Each "auto" is decided by what leaves held-back samples closest to the float model.
+    integer_softmax: for kernels that have no float arithmetic, see `decide`.
     keep_float: names of nodes to leave alone. tensors: (name, range or estimator) of those not to be chosen for.
     search_time: seconds after which nothing further is tried.
     """
@@ -55,6 +56,7 @@ class QuantizeInt8:
     bias_correction: Literal["auto", "on", "off"] = "auto"
     smooth: Literal["auto", "on", "off"] = "auto"
     per_channel: bool = True
+    integer_softmax: bool = False
     batch_size: int = 32
     keep_float: tuple[str, ...] = ()
     tensors: tuple[tuple[str, tuple[float, float] | Method], ...] = ()
@@ -215,10 +217,10 @@ class Search:
         return _Variant(model, factors, decision, seen, best)
 
     def _decided(self, model: ir.Model, seen: dict[str, Observed], forced: dict[str, str]) -> Decision:
-        decision = decide(model, forced, self.step.activation_bits)
+        decision = decide(model, forced, self.step.activation_bits, integer_softmax=self.step.integer_softmax)
         while extra := draft.unfit(model, decision, seen):
             forced |= extra
-            decision = decide(model, forced, self.step.activation_bits)
+            decision = decide(model, forced, self.step.activation_bits, integer_softmax=self.step.integer_softmax)
         return decision
 
     # --- plans -----------------------------------------------------------------------------------------

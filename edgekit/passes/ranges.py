@@ -49,12 +49,13 @@ def by_output(
         if (group[0], fold) not in tried:
             tried[group[0], fold] = {m: _parameters([seen[n] for n in group], m, fold) for m in ESTIMATORS}
         measured: dict[tuple[float, float], float] = {}
-        layers = [(node, L.layer(node, folded(node)[0], None)) for node in readers.get(name, ())]
+        nodes = readers.get(name, ()) if array.ndim > 1 else ()
+        layers = [(node, L.layer(node, folded(node)[0], None)) for node in nodes]
         rows = [None if layer is None else L.choose_input(layer, array, ROWS, rng) for _, layer in layers]
         for method, how in tried[group[0], fold].items():
             if (how.low, how.high) not in measured:
                 measured[how.low, how.high] = _error(array, how, [layer for _, layer in layers], rows)
-            errors[name][method] += measured[how.low, how.high] * len(array)
+            errors[name][method] += measured[how.low, how.high] * (len(array) if array.ndim else 1)
     out: dict[str, Method] = {}
     for name in decision.activations:
         total = {m: sum(errors[n][m] for n in groups[name]) for m in ESTIMATORS}

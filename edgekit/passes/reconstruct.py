@@ -81,7 +81,7 @@ def _fit(meeting: Meeting, plan: Weight, rng: np.random.Generator) -> Fitted | N
     source, target = meeting.twin.inputs[0], meeting.node.outputs[0]
     given = np.concatenate(meeting.written[source.name or ""])  # type: ignore[union-attr]
     wanted = np.concatenate(meeting.exact[target.name or ""])
-    if len(given) < HELD or len(given) != len(wanted):
+    if given.ndim < 2 or len(given) < HELD or len(given) != len(wanted):
         return None
     rows = L.choose(meeting.node, wanted, min(MOST_ROWS, max(ROWS, ROWS_PER_INPUT * layer.weight.shape[1])), rng)
     x, y = L.inputs(layer, given, rows).astype(np.float64), L.outputs(layer, wanted, rows).astype(np.float64)

@@ -92,7 +92,7 @@ class Switchboard:
             array = weight if position == 1 else bias
         assert array is not None
         name = f"{node.outputs[0].name}/exact"
-        tensor = ir.tensor(np.ascontiguousarray(array, np.float32), name=name)
+        tensor = ir.tensor(np.asarray(array, np.float32, order="C"), name=name)
         exact = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(FLOAT), const_value=tensor)
         graph.register_initializer(exact)
         return user.name or "", exact
