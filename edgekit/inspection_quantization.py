@@ -52,7 +52,7 @@ def _told(plan: Mapping[str, Any]) -> dict[str, Any]:
 def worst(layers: Iterable[Mapping[str, Any]], most: int = 3, least: float = 0.1) -> str:
     """The layers with the most damage in a sentence; empty if none stands out."""
     told = [
-        f"{row['op']} '{row['node']}' {max(row['alone'], row['without']):.0%}"
+        f"{row['op']} '{row['node']}' {min(1.0, max(row['alone'], row['without'])):.0%}"
         + (f" ({row['cause']})" if row["cause"] else "")
         for row in layers
         if max(row["alone"], row["without"]) >= least

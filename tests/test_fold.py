@@ -692,3 +692,12 @@ def test_an_average_over_the_whole_image_is_a_global_one(kernel: str, more: str,
     )
     folded = check(model)
     assert ops(folded)["GlobalAveragePool"] == int(whole)
+
+
+def test_a_size_that_is_known_is_a_constant() -> None:
+    model = build(
+        """net (float[batch,3,4] x) => (float[batch,3,4] y, int64 n) {
+          s = Shape(x) d = Gather(s, last) f = Cast<to=1>(d) r = Sqrt(f) y = Div(x, r) n = Gather(s, first) }""",
+        last=np.array(-1), first=np.array(0),
+    )  # fmt: skip
+    assert ops(check(model)) == {"Shape": 1, "Gather": 1, "Div": 1}

@@ -152,6 +152,8 @@ def refusal(node: ir.Node, bits: Bits = 8) -> str | None:
     for value in values:
         if value.dtype != FLOAT:
             return f"'{value.name}' is {value.dtype.name.lower() if value.dtype is not None else 'of unknown type'}"
+    if any(v.shape is not None and not len(v.shape) and M.constant(v) is None for v in values):
+        return "it works on a single number"
     constants = [c for i in positions if (c := M.constant(node.inputs[i])) is not None]
     if len(constants) == len(positions):
         return "its inputs are constant"

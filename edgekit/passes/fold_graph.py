@@ -75,7 +75,7 @@ def new_constant(graph: ir.Graph, name: str, data: Array) -> ir.Value:
     while unique in taken:
         count += 1
         unique = f"{name}_{count}"
-    tensor = ir.tensor(np.ascontiguousarray(data), name=unique)
+    tensor = ir.tensor(np.asarray(data, order="C"), name=unique)
     value = ir.Value(name=unique, shape=ir.Shape(data.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value

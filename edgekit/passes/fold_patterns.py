@@ -28,7 +28,14 @@ def fold(graph: ir.Graph) -> bool:
         changed = _zero_state(node) or changed
         if len(node.outputs) != 1:
             continue
-        changed = _expand(node) or _activation(node) or _layer_norm(node) or _global_pool(node) or changed
+        changed = (
+            _expand(node)
+            or _activation(node)
+            or _layer_norm(node)
+            or _global_pool(node)
+            or _known_size(node)
+            or changed
+        )
     return changed
 
 
@@ -49,6 +56,25 @@ def _is_zero(value: ir.Value | None) -> bool:
         return not constant.any()
     node = None if value is None else value.producer()
     return node is not None and G.is_op(node, "Expand", "Unsqueeze", "Squeeze", "Reshape") and _is_zero(node.inputs[0])
+
+
+# --- sizes ----------------------------------------------------------------------------------------
+def _known_size(node: ir.Node) -> bool:
+    """A size that is the same for every batch, read from a tensor's shape: exporters compute √d of an attention so."""
+    source = node.inputs[0] if G.is_op(node, "Gather") else None
+    shape = None if source is None else source.producer()
+    index = G.array(node.inputs[1]) if shape is not None else None
+    if shape is None or index is None or not G.is_op(shape, "Shape") or "start" in shape.attributes:
+        return False
+    sizes = G.dims(shape.inputs[0])
+    if sizes is None or "end" in shape.attributes or not all(-len(sizes) <= i < len(sizes) for i in index.reshape(-1)):
+        return False
+    picked = [sizes[int(i)] for i in index.reshape(-1)]
+    if not all(isinstance(size, int) for size in picked) or node.outputs[0].is_graph_output():
+        return False
+    data = np.array(picked, np.int64).reshape(index.shape)
+    G.bypass(node, G.new_constant(G.graph_of(node), f"{node.name}/size", data))
+    return True
 
 
 # --- pooling --------------------------------------------------------------------------------------

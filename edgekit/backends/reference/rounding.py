@@ -30,7 +30,7 @@ def quantize(node: ir.Node, inputs: list[Value]) -> Array:
         steps = x.astype(scale.dtype) if np.issubdtype(x.dtype, np.integer) else x
     channels = _channels(node, scale, steps.ndim)
     with np.errstate(over="ignore", invalid="ignore"):
-        steps = np.rint(steps / divisor.reshape(channels)).astype(np.float64, copy=False)
+        steps = np.asarray(np.rint(steps / divisor.reshape(channels)), np.float64)  # numpy makes scalars of rank 0
     if np.isnan(steps).any():
         raise NonFiniteError(f"QuantizeLinear '{node.name}' was given NaN", "check the weights and the input data")
     if isinstance(zero, np.ndarray):
