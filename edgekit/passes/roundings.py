@@ -96,7 +96,8 @@ def _leads_out(node: ir.Node) -> bool:
 
 def _stored(node: ir.Node) -> int | None:
     """Elements of a product's constant weight."""
-    reader = node.inputs[1].producer() if node.inputs[1] is not None else None
+    value = node.inputs[1] if len(node.inputs) > 1 else None
+    reader = value.producer() if value is not None else None
     weight = M.constant(reader.inputs[0]) if reader is not None and reader.op_type == "DequantizeLinear" else None
     return None if weight is None else int(weight.size)
 
