@@ -17,11 +17,10 @@ from edgekit.passes import fold_graph as G
 
 Array = np.ndarray[Any, Any]
 
-# f(k x) = k f(x) for k > 0, element by element or within a channel
-_HOMOGENEOUS = frozenset(
-    {"Relu", "LeakyRelu", "Identity", "Dropout", "Abs", "Neg", "MaxPool", "AveragePool", "GlobalAveragePool"}
-    | {"GlobalMaxPool", "Resize"}
-)
+# f(k x) = k f(x) for k > 0, element by element
+_HOMOGENEOUS = frozenset({"Relu", "LeakyRelu", "Identity", "Dropout", "Abs", "Neg"})
+# the same within a channel, which for these is axis 1
+_POOLS = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"})
 _GATES = frozenset({"Sigmoid", "HardSigmoid", "Softmax", "Tanh"})
 
 
@@ -121,6 +120,8 @@ def trace(model: ir.Model) -> Channels:
 def _step(found: Channels, node: ir.Node) -> bool:
     """Whether the node is understood; if not, the caller freezes all that it reads."""
     op = node.op_type
+    if not G.is_op(node, op):
+        return False  # of another domain: whatever its name says
     if op in {"Conv", "ConvTranspose", "Gemm", "MatMul"}:
         return _weighted(found, node) if G.array(node.inputs[1]) is not None else False
     if op == "LayerNormalization":
@@ -136,9 +137,11 @@ def _step(found: Channels, node: ir.Node) -> bool:
     if op == "PRelu":
         return G.array(node.inputs[1]) is not None and _pass(found, node)
     if op == "Pad":
-        fill = G.array(node.inputs[2]) if len(node.inputs) > 2 else None
-        plain = len(node.inputs) < 3 or node.inputs[2] is None or (fill is not None and not np.any(fill))
-        return plain and _pass(found, node)
+        return _pad(found, node)
+    if op == "Resize":
+        return _resize(found, node)
+    if op in _POOLS:
+        return _axis(found, node) in (None, 1) and _pass(found, node)
     if op == "Concat":
         return _concat(found, node)
     if op == "Transpose":
@@ -218,6 +221,41 @@ def _pass(found: Channels, node: ir.Node) -> bool:
             return False
         found.put(node.outputs[0], axis, labels)
     return True
+
+
+def _axis(found: Channels, node: ir.Node) -> int | None:
+    """The axis of the first input's labels, if it has any."""
+    known = found._on.get(node.inputs[0].name or "") if node.inputs[0] is not None else None
+    return None if known is None else known[0]
+
+
+def _pad(found: Channels, node: ir.Node) -> bool:
+    """With zeros, and not along the labels: one more at the front and one less at the end shifts them."""
+    given = [G.array(node.inputs[i]) if len(node.inputs) > i else None for i in range(4)]
+    if any(len(node.inputs) > i and node.inputs[i] is not None and given[i] is None for i in (1, 2, 3)):
+        return False
+    pads, fill, axes = given[1:]
+    at, shape = _axis(found, node), node.outputs[0].shape
+    if at is None or pads is None or shape is None or (fill is not None and np.any(fill)):
+        return at is None
+    padded = [int(a) % len(shape) for a in axes] if axes is not None else list(range(len(shape)))
+    along = padded.index(at) if at in padded else None
+    moved = along is not None and bool(np.any(pads.reshape(2, -1)[:, along]))
+    return not moved and _pass(found, node)
+
+
+def _resize(found: Channels, node: ir.Node) -> bool:
+    """Weighted sums within a channel, unless it resizes along the labels or has a value of its own for the outside."""
+    if G.text(node, "coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize":
+        return False
+    scales, at = G.array(node.inputs[2]) if len(node.inputs) > 2 else None, _axis(found, node)
+    axes = G.integers(node, "axes")
+    if at is not None and scales is not None and scales.size:
+        rank = len(node.outputs[0].shape or ())
+        resized = [a % rank for a in axes] if axes is not None and rank else list(range(scales.size))
+        if at in resized and float(scales[resized.index(at)]) != 1.0:
+            return False
+    return _pass(found, node)
 
 
 def _clip(found: Channels, node: ir.Node) -> bool:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from edgekit import model as M
 from edgekit.errors import ArtifactError
 from edgekit.passes import fold_graph as G
-from edgekit.passes.channels import End, trace
+from edgekit.passes.channels import Channels, End, trace
 
 Array = np.ndarray[Any, Any]
 
@@ -23,10 +23,7 @@ def rescaled(model: ir.Model, factors: Mapping[str, Sequence[float]]) -> ir.Mode
     """
     out = M.clone(model)
     found = trace(out)
-    known = {end.value.name or "": len(end.labels) for end in found.ends()}
-    for name, given in factors.items():
-        if known.get(name) != len(given):
-            raise ArtifactError(f"the plan rescales '{name}', which cannot be", "plan it again")
+    _check(found, factors)
 
     def of(end: End) -> Array:
         return np.array(factors.get(end.value.name or "", np.ones(len(end.labels))), np.float64)
@@ -42,12 +39,34 @@ def rescaled(model: ir.Model, factors: Mapping[str, Sequence[float]]) -> ir.Mode
     return out
 
 
+def _check(found: Channels, factors: Mapping[str, Sequence[float]]) -> None:
+    """One factor for all that is tied together, none for what may have none."""
+    ends = {end.value.name or "": end.labels for end in found.ends()}
+    every = np.arange(found.count())
+    roots, may = found.roots(every), found.free(every)
+    chosen: dict[int, float] = {}
+    for name in {**ends, **dict.fromkeys(factors)}:
+        labels = ends.get(name, every[:0])
+        given = factors.get(name, (1.0,) * len(labels))
+        fits = len(given) == len(labels) and name in ends
+        if not fits or not all(
+            0 < factor < np.inf
+            and (factor == 1 or may[label])
+            and chosen.setdefault(int(roots[label]), factor) == factor
+            for label, factor in zip(labels, given, strict=True)
+        ):
+            raise ArtifactError(f"the plan rescales '{name}' by factors that it cannot have", "plan it again")
+
+
 def _clip(node: ir.Node, position: int) -> None:
     """A Min of one bound for all channels is a Clip; behind a Relu both are one, which kernels fuse."""
     bound = G.array(node.inputs[position])
+    source = node.inputs[1 - position]
     if node.op_type != "Min" or bound is None or not np.allclose(bound, bound.flat[0], rtol=1e-6, atol=0):
         return
-    source = node.inputs[1 - position]
+    sizes = G.dims(source) or ()
+    if bound.ndim > len(sizes) or any(n not in (1, m) for n, m in zip(bound.shape[::-1], sizes[::-1], strict=False)):
+        return  # the bound makes the value larger
     relu = G.sole_producer(source, "Relu")
     low = None
     if relu is not None:
