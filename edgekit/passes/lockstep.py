@@ -47,6 +47,7 @@ def walk(model: ir.Model, written: ir.Model, batches: Sequence[M.Tensors]) -> It
             twin = other.upto(node.name or "")
             yield Meeting(node, twin, exact.values, other.values)
             other.run(twin)
+            other.forget(twin)
         exact.forget(node)
 
 
@@ -94,9 +95,10 @@ class _World:
             self._at += 1
 
     def forget(self, node: ir.Node) -> None:
-        """Drop values that nobody reads any more."""
+        """Drop values that nobody reads any more, once the node has read its own."""
         for value in _reads(node):
             self._left[value.name] -= 1
+        for value in (*_reads(node), *node.outputs):
             if not self._left[value.name]:
                 self.values.pop(value.name or "", None)
 
