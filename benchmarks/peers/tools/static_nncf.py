@@ -1,0 +1,76 @@
+"""nncf.quantize on a prepared model, as ONNX or OpenVINO: python static_nncf.py FOLDER OUT "onnx: mixed"."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import nncf
+import numpy as np
+import onnx
+import openvino as ov
+from samples import Feeds, calibration, validation
+
+VALIDATION = 500  # labelled samples that accuracy control looks at
+MAX_DROP = 0.01
+
+
+def openvino_model(path: Path) -> Any:
+    """Batch 1; where the file's own shapes do not let OpenVINO read it, they are fixed and inferred first."""
+    try:
+        model = ov.convert_model(str(path))
+    except RuntimeError:
+        model = ov.convert_model(fixed(path))
+    model.reshape({port: [1, *list(port.partial_shape)[1:]] for port in model.inputs})
+    return model
+
+
+def fixed(path: Path) -> onnx.ModelProto:
+    model = onnx.load(path)
+    for value in model.graph.input:
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    del model.graph.value_info[:]
+    for output in model.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    return onnx.shape_inference.infer_shapes(model, data_prop=True)
+
+
+def score(model: Any, data: Iterable[Any]) -> tuple[float, list[float]]:
+    """Accuracy, and per sample whether it is right; `model` is compiled."""
+    right = [float(model(feeds)[0].argmax() == label) for feeds, label in data]
+    return float(np.mean(right)), right
+
+
+def quantized(model: Any, rows: list[Feeds], folder: Path, settings: set[str]) -> Any:
+    task = json.loads((folder / "about.json").read_text(encoding="utf-8"))["task"]
+    data = nncf.Dataset(rows)
+    options = {
+        "preset": nncf.QuantizationPreset.MIXED if "mixed" in settings else nncf.QuantizationPreset.PERFORMANCE,
+        "subset_size": len(rows),
+        "fast_bias_correction": "full bias correction" not in settings,
+        "model_type": nncf.ModelType.TRANSFORMER if task == "tokens" else None,
+    }
+    if "accuracy control" not in settings:
+        return nncf.quantize(model, data, **options)
+    labelled = nncf.Dataset(validation(folder)[:VALIDATION])
+    return nncf.quantize_with_accuracy_control(model, data, labelled, score, max_drop=MAX_DROP, **options)
+
+
+def main() -> None:
+    folder, out, variant = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    form, _, rest = variant.partition(": ")
+    settings, rows = set(rest.split(", ")), calibration(folder)
+    if form == "onnx":
+        file = "model.onnx"
+        onnx.save(quantized(onnx.load(folder / file), rows, folder, settings), out / file)
+    else:
+        file = "model.xml"
+        ov.save_model(quantized(openvino_model(folder / "model.onnx"), rows, folder, settings), out / file)
+    versions = {"nncf": nncf.__version__, "openvino": ov.__version__.split("-")[0], "onnx": onnx.__version__}
+    print(json.dumps({"versions": versions, "files": [file]}))
+
+
+main()
