@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import tomllib
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +26,13 @@ from typing import Any
 import numpy as np
 
 from edgekit.errors import ArtifactError, UsageError
-from edgekit.passes.plan import PLAN_SCHEMA, Activation, QuantizationPlan, Weight
+from edgekit.passes.plan import PLAN_SCHEMA, Activation, QuantizationPlan, Weight, integer_range
 
 FILE_SCHEMA = 1  # 1: first
+_WHOLE = "plan_schema"  # the key that a file of overrides only does not have
+_SHARED = frozenset({"schema", "model_sha256", "override"})
+_KEYS = _SHARED | {_WHOLE, "integers", "integers_sha256", "method", "weight_bits", "activation_bits", "samples"}
+_KEYS |= {"seed", "tried", "layer", "tensor", "factors", "groups"}
 _HEAD = """\
 # How edgekit quantized this model. `edgekit convert MODEL --plan FILE` does it again, without data, to the last bit.
 # To change something, say so in [override.layers] ("name or pattern" = "float") or [override.tensors]
@@ -138,30 +143,29 @@ def read(path: Path) -> PlanFile:
         ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ArtifactError(f"cannot read the plan '{path}': {error}", "fix the TOML, or convert again") from error
-    overrides = _overrides(path, data.get("override", {}))
-    if "layer" not in data and "tensor" not in data:
-        unknown = sorted(set(data) - {"schema", "override", "model_sha256"})
-        if unknown:
-            raise UsageError(
-                f"the plan '{path}' has an unknown key '{unknown[0]}'", "known: override.layers, override.tensors"
-            )
-        return PlanFile(None, data.get("model_sha256"), overrides)
-    if data.get("schema") != FILE_SCHEMA or data.get("plan_schema") != PLAN_SCHEMA:
-        found = f"{data.get('schema')}/{data.get('plan_schema')}"
+    unknown = sorted(set(data) - (_KEYS if _WHOLE in data else _SHARED))
+    if unknown:
+        raise UsageError(
+            f"the plan '{path}' has an unknown key '{unknown[0]}'", "known: override.layers, override.tensors"
+        )
+    if data.get("schema", FILE_SCHEMA) != FILE_SCHEMA or data.get(_WHOLE, PLAN_SCHEMA) != PLAN_SCHEMA:
+        found = f"{data.get('schema')}/{data.get(_WHOLE)}"
         raise ArtifactError(
             f"the plan '{path}' has schema {found}", f"this edgekit reads {FILE_SCHEMA}/{PLAN_SCHEMA}: convert again"
         )
+    overrides = _overrides(path, data.get("override", {}))
+    if _WHOLE not in data:
+        return PlanFile(None, data.get("model_sha256"), overrides)
     try:
         return PlanFile(_plan(path, data), data["model_sha256"], overrides)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"the plan '{path}' is damaged ({type(error).__name__}: {error})", "convert again"
-        ) from error
+    except (KeyError, TypeError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ArtifactError(f"the plan '{path}' is damaged ({told})", "convert again") from error
 
 
 def _plan(path: Path, data: Mapping[str, Any]) -> QuantizationPlan:
     stored = _integers(path, data)
-    layers = {row["name"]: row for row in data["layer"]}
+    layers = {row["name"]: row for row in data.get("layer", ())}
     rounded = sorted(n for n, row in layers.items() if row.get("weight_rounding") == "reconstructed")
     integers = dict(zip(rounded, stored, strict=True))
     weights = {}
@@ -171,7 +175,14 @@ def _plan(path: Path, data: Mapping[str, Any]) -> QuantizationPlan:
             own = integers.get(name, b"")
             weights[name] = Weight(row["weight"], row["weight_axis"], row["weight_bits"], scales, own)
     floats = {n: row for n, row in layers.items() if row["precision"] == "float"}
-    tensors = {row["name"]: {k: v for k, v in row.items() if k != "name"} for row in data["tensor"]}
+    for name in floats:
+        if name in weights:
+            raise UsageError(
+                f"'{path}': layer '{name}' is float but has a weight in int8", "say so in [override.layers] instead"
+            )
+    tensors = {row["name"]: {k: v for k, v in row.items() if k != "name"} for row in data.get("tensor", ())}
+    activations = {n: Activation(**row) for n, row in tensors.items()}
+    _check_numbers(activations, weights)
     return QuantizationPlan(
         weight_bits=data["weight_bits"],
         activation_bits=data["activation_bits"],
@@ -179,7 +190,7 @@ def _plan(path: Path, data: Mapping[str, Any]) -> QuantizationPlan:
         quantized=tuple(n for n in layers if n not in floats),
         fused={n: row["fused"] for n, row in layers.items() if "fused" in row},
         float_nodes={n: row.get("why", "kept float by the plan") for n, row in floats.items()},
-        activations={n: Activation(**row) for n, row in tensors.items()},
+        activations=activations,
         weights=weights,
         groups=tuple(tuple(g) for g in data.get("groups", {}).get("members", ())),
         factors={n: tuple(v) for n, v in data.get("factors", {}).items()},
@@ -188,6 +199,17 @@ def _plan(path: Path, data: Mapping[str, Any]) -> QuantizationPlan:
         samples=data["samples"],
         seed=data["seed"],
     )
+
+
+def _check_numbers(activations: Mapping[str, Activation], weights: Mapping[str, Weight]) -> None:
+    """Raises ValueError for what no integer can have."""
+    for name, a in activations.items():
+        low, high = integer_range(a.bits)
+        if a.bits not in (8, 16) or not (0 < a.scale < np.inf and low <= a.zero_point <= high):
+            raise ValueError(f"tensor '{name}' has {a.bits} bits, scale {a.scale}, zero point {a.zero_point}")
+    for name, w in weights.items():
+        if not 2 <= w.bits <= 8 or not all(0 < scale < np.inf for scale in w.scales):
+            raise ValueError(f"layer '{name}' has weights of {w.bits} bits, or a scale that is not a positive number")
 
 
 def _integers(path: Path, data: Mapping[str, Any]) -> list[bytes]:
@@ -205,10 +227,11 @@ def _integers(path: Path, data: Mapping[str, Any]) -> list[bytes]:
         return [arrays[f"arr_{i}"].astype(np.int8).tobytes() for i in range(len(arrays.files))]
 
 
-def _overrides(path: Path, data: Mapping[str, Any]) -> Overrides:
-    unknown = sorted(set(data) - {"layers", "tensors"})
-    if unknown:
-        raise UsageError(f"'{path}': unknown table [override.{unknown[0]}]", "known: override.layers, override.tensors")
+def _overrides(path: Path, data: Any) -> Overrides:
+    tables = data if isinstance(data, dict) else {"?": data}
+    wrong = sorted(k for k, v in tables.items() if k not in ("layers", "tensors") or not isinstance(v, dict))
+    if wrong:
+        raise UsageError(f"'{path}': unknown table [override.{wrong[0]}]", "known: override.layers, override.tensors")
     for pattern, precision in data.get("layers", {}).items():
         if precision not in ("float", "int8"):
             raise UsageError(f"'{path}': layer '{pattern}' = {precision!r}", 'give "float" or "int8"')
