@@ -136,6 +136,7 @@ def convert(
     except BaseException:
         artifact.remove_if_empty(root)
         raise
+    work = [w for w in work if precisions or job.suits(w.candidate)]
     job.probe()
     rows = [_make(job, item, _weight_bits(item.target, work, weight_bits)) for item in work]
     if all(r["status"] == "not run" for r in rows):

@@ -8,7 +8,7 @@ import platform
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from edgekit import __version__, artifact, backends
 from edgekit import model as M
-from edgekit.errors import ArtifactError, ConversionMismatchError, NonFiniteError, UsageError
+from edgekit.errors import ArtifactError, ConversionMismatchError, NonFiniteError, UnsupportedOpError, UsageError
 from edgekit.passes.roundings import leave_out
 from edgekit.report.progress import Progress
 from edgekit.target import STATIC, CandidateSpec, Target
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edgekit.dataset import Dataset
     from edgekit.passes.plan_file import PlanFile
     from edgekit.passes.quantize import QuantizeInt8
+    from edgekit.passes.quantize_weights import QuantizeWeights
 
 FOLD_BOUND = 1e-4  # of the largest output: float32 rounding through a deep network; the issue's own bound
 FOLD_SAMPLES = 32
@@ -168,6 +169,32 @@ class Conversion:
         quantizing.write(self.root, plan, model)
         return quantizing.applied(model, plan), {**record, "calibration": self._calibration_record()}
 
+    def weighed(self, step: QuantizeWeights) -> tuple[ir.Model, dict[str, Any], str]:
+        """(model with quantized weights, {"weights", "calibration" if data were read}, key)."""
+        model, _, parent = self.folded
+        step = replace(step, keep_float=self.keep_float, seed=self.seed)
+        identity = {"step": "quantize weights", "parent": parent, "pass": repr(step), "data": self._data_digest()}
+
+        def make() -> tuple[ir.Model, dict[str, Any]]:
+            known = self.dataset is not None or self.random_calibration
+            made, told = step.quantized(model, self.calibration_set if known else None)
+            if not any(layer["bits"] == step.bits for layer in told.values()):
+                raise UnsupportedOpError(
+                    f"no weights of this model can have {step.bits} bits", "leave this precision out"
+                )
+            record: dict[str, Any] = {"weights": {"weight_bits": step.bits, "layers": told}, "told": _wider(told)}
+            if any(layer["rounding"] == "reconstruct" for layer in told.values()):
+                record["calibration"] = self._calibration_record()
+            return made, record
+
+        return self._stage(f"quantize weights to {step.bits} bits", identity, make)
+
+    def suits(self, spec: CandidateSpec) -> bool:
+        """Whether a candidate is made of this model without being asked for."""
+        from edgekit.passes.quantize_weights import product_share
+
+        return spec.for_models == "all" or product_share(self.folded[0]) > 0.5
+
     # --- artifacts ---------------------------------------------------------------------------------
     def candidate(self, target: Target, spec: CandidateSpec, weight_bits: int) -> dict[str, Any]:
         """Make, verify and store one artifact, or find it done. Returns its row for the summary."""
@@ -180,6 +207,8 @@ class Conversion:
             model, record, parent = self.quantized(8, 16) if wide else self.quantized(weight_bits)
             if self.io == "float32":
                 model = leave_out(model, backend.unneeded(model))
+        elif (step := backend.weight_pass(spec.precision)) is not None:
+            model, record, parent = self.weighed(step)
         else:
             model, record, parent = self.folded
         identity = artifact.digest_json(
@@ -244,6 +273,8 @@ class Conversion:
         data = self.bound.take(self._verify_samples, self.seed)
         if spec.precision in STATIC:
             return verify.quantized(backend, folder, model, data, spec.precision)
+        if backend.weight_pass(spec.precision) is not None:
+            return verify.weights(backend, folder, model, self.source[0], data, spec.precision)
         return verify.floating(backend, folder, self.source[0], data, spec.precision)
 
     @cached_property
@@ -275,7 +306,7 @@ class Conversion:
             parents=(source_key, parent),
             preprocessing=self.dataset.preprocessing.to_json() if self.dataset is not None else None,
             calibration=record.get("calibration"),
-            quantization=record.get("plan"),
+            quantization=record.get("plan") or record.get("weights"),
             parity=parity,
             tools={**_tools(), spec.backend: backends.get(spec.backend).version()},
             notes=tuple(notes),
@@ -398,6 +429,13 @@ def _left_float(plan: Mapping[str, Any] | None) -> list[str]:
     told = "; ".join(f"{count}: {reason}" for reason, count in reasons)
     whole = len(plan["float_nodes"]) + len(plan["quantized"])
     return [f"{len(plan['float_nodes'])} of {whole} operators stay float ({told})"]
+
+
+def _wider(layers: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How many weights have more bits than the fewest; empty when all have the same."""
+    counts = Counter(layer["bits"] for layer in layers.values())
+    told = ", ".join(f"{counts[bits]} have {bits} bits" for bits in sorted(counts))
+    return [f"of {len(layers)} weights {told}"] if len(counts) > 1 else []
 
 
 def _blamed(plan: Mapping[str, Any] | None) -> list[str]:

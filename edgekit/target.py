@@ -28,12 +28,14 @@ STATIC: tuple[Precision, ...] = ("int8", "int8x16")
 class CandidateSpec:
     """One backend × precision that could serve the target; `id` names its folder in a build.
 
-    on_request: only made where its precision is asked for.
+    on_request: only made where its precision is asked for. for_models: "products" is made, unasked, only of models
+    whose weights are mostly in matrix products and recurrent layers.
     """
 
     backend: str
     precision: Precision
     on_request: bool = False
+    for_models: Literal["all", "products"] = "all"
 
     @property
     def id(self) -> str:
@@ -57,7 +59,7 @@ class Target:
 
 
 _KEYS = {"schema", "name", "description", "threads", "weight_bits", "candidates"}
-_CANDIDATE_KEYS = {"backend", "precision", "on_request"}
+_CANDIDATE_KEYS = {"backend", "precision", "on_request", "for_models"}
 
 
 def shipped_dir() -> Path:
@@ -152,12 +154,13 @@ def _candidates(path: Path, rows: Any) -> tuple[CandidateSpec, ...]:
             raise TargetFileError(
                 f"target file '{path}': candidate {row!r} is no table", "give { backend = ..., precision = ... }"
             )
-        _check_keys(path, row, _CANDIDATE_KEYS, required=_CANDIDATE_KEYS - {"on_request"})
+        _check_keys(path, row, _CANDIDATE_KEYS, required={"backend", "precision"})
         out.append(
             CandidateSpec(
                 _one_of(path, "backend", row["backend"], tuple(BACKENDS)),
                 _one_of(path, "precision", row["precision"], PRECISIONS),
                 _one_of(path, "on_request", row.get("on_request", False), (False, True)),
+                _one_of(path, "for_models", row.get("for_models", "all"), ("all", "products")),
             )
         )
     return tuple(out)

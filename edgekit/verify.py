@@ -9,6 +9,7 @@ import contextlib
 import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,87 @@ def floating(backend: Backend, folder: Path, original: ir.Model, data: Dataset, 
         "ok": not reasons,
         "reasons": reasons,
     }
+
+
+@dataclass
+class _Distance:
+    """How far outputs are from a reference's, summed up batch by batch; of the worst output where there are several."""
+
+    samples: int = 0
+    worst: float = 0.0
+    same: int = 0
+    labels: int = 0
+    powers: dict[str, list[float]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, expected: M.Tensors, got: M.Tensors) -> None:
+        self.samples += len(next(iter(expected.values())))
+        for name, value in expected.items():
+            if name not in got or got[name].shape != value.shape:
+                shape = got[name].shape if name in got else "none"
+                self.problems.append(f"output '{name}' has shape {shape}, not {value.shape}")
+                continue
+            self.worst = max(self.worst, M.difference(value, got[name]))
+            if np.issubdtype(value.dtype, np.floating):
+                power = self.powers.setdefault(name, [0.0, 0.0])
+                exact = value.astype(np.float64)
+                power[0] += float((exact**2).sum())
+                power[1] += float(((got[name] - exact) ** 2).sum())
+                if value.ndim < 2 or value.shape[-1] < 2:
+                    continue
+                equal = value.argmax(-1) == got[name].argmax(-1)
+                self.same, self.labels = self.same + int(equal.sum()), self.labels + equal.size
+
+    def sqnr_db(self) -> float | None:
+        """None for no error at all."""
+        found = [10 * np.log10(max(p, 1e-300) / e) for p, e in self.powers.values() if e]
+        return float(min(found)) if found else None
+
+    def figures(self) -> dict[str, Any]:
+        return {"label_agreement": self.same / self.labels if self.labels else None, "sqnr_db": self.sqnr_db()}
+
+
+def weights(
+    backend: Backend, folder: Path, model: ir.Model, original: ir.Model, data: Dataset, precision: str
+) -> dict[str, Any]:
+    """Compare an artifact of quantized weights with float arithmetic on the same weights, and with the imported model.
+
+    model: with quantized weights, what the artifact was lowered from. An artifact that computes in float must equal it
+    as float artifacts equal theirs; one that rounds activations must stay MIN_SQNR_DB near it. What the weights cost is
+    told by "from_original" and no reason to call an artifact wrong. Returns "kind", "max_rel_error" and "bound" (None
+    where activations are rounded), "label_agreement", "sqnr_db", "samples", "from_original", "ok", "reasons".
+    """
+    rounds = backend.rounds_activations(model, precision)
+    exact, first = M.FloatSession(model, optimize=False), M.FloatSession(original, optimize=False)
+    near, far = _Distance(), _Distance()
+    with opened(backend, folder) as worker:
+        for part in batches(data, original):
+            got = worker.infer(part)
+            near.add(exact.run(part), got)
+            far.add(first.run(part), got)
+    bound = None if rounds else FLOAT_BOUND["float32"]
+    reasons = list(dict.fromkeys(near.problems))
+    sqnr = near.sqnr_db()
+    if near.samples == 0:
+        reasons.append("there were no samples to compare on")
+    if not np.isfinite(near.worst):
+        reasons.append("the artifact's output is NaN or Inf where the model's is not")
+    elif bound is not None and near.worst > bound:
+        reasons.append(f"differs from its own weights in float by {near.worst:.1e} of the largest output ({bound:.0e})")
+    elif rounds and sqnr is not None and sqnr < MIN_SQNR_DB:
+        reasons.append(f"the outputs are {sqnr:.1f} dB from the same weights' in float (at least {MIN_SQNR_DB:.0f})")
+    record = {
+        "kind": "weights",
+        "max_rel_error": near.worst if bound is not None and np.isfinite(near.worst) else None,
+        "bound": bound,
+        **near.figures(),
+        "samples": near.samples,
+        "from_original": far.figures(),
+        "ok": not reasons,
+        "reasons": reasons,
+    }
+    # kernels that saturate elsewhere give something else there
+    return {**record, "machine": platform.machine(), "saturates": backend.saturates()} if rounds else record
 
 
 def batches(data: Dataset, model: ir.Model) -> Iterator[M.Tensors]:
@@ -205,12 +287,22 @@ def _explained(backend: Backend, model: ir.Model, data: Dataset, labels: list[np
 
 def notes(backend_name: str, record: dict[str, Any]) -> list[str]:
     """What a user should know of how an int8 artifact differs from the reference end to end, in sentences."""
-    told = [_residuals(backend_name, record)]
+    told = [_residuals(backend_name, record), _cost(record)]
     for name, agreement in record.get("elsewhere", {}).items():
         if agreement is not None and agreement < record["label_agreement"]:
             here = f"{record['label_agreement']:.1%}"
             told.append(f"on {name} {agreement:.1%} of the labels are the integer reference's; here {here}")
     return [t for t in told if t]
+
+
+def _cost(record: dict[str, Any]) -> str:
+    """What quantized weights change of the original model's results."""
+    found = record.get("from_original")
+    if found is None or found["sqnr_db"] is None:
+        return ""
+    labels = found["label_agreement"]
+    told = "" if labels is None else f", {labels:.1%} of the labels are its"
+    return f"{found['sqnr_db']:.1f} dB from the original model's outputs{told}"
 
 
 def _residuals(backend_name: str, record: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, cast
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from edgekit.passes.quantize_weights import QuantizeWeights
     from edgekit.preprocessing import Preprocessing
 
 # name -> module. Order is the order in which candidates are listed and ties are broken.
@@ -80,10 +81,21 @@ class Backend(Protocol):
         only float operators or the caller read them; see `roundings`. An artifact is made, and proved, without them."""
         ...
 
+    def weight_pass(self, precision: str) -> QuantizeWeights | None:
+        """The pass that stores weights in few bits, for a precision whose arithmetic is float or quantized only as it
+        runs; None for a precision that this module lowers from the float model by itself, and for float and int8."""
+        ...
+
+    def rounds_activations(self, model: ir.Model, precision: str) -> bool:
+        """Whether the artifact that `lower` makes of a model with quantized weights computes with int8 activations: it
+        then equals float arithmetic on the same weights only up to that rounding."""
+        ...
+
     def lower(self, model: ir.Model, precision: str, folder: Path, about: About | None = None) -> list[str]:
         """Write the runtime's files for `model` into `folder`; returns notes a user should read (usually none).
 
-        model: float for float32/float16, QDQ (the one quantized form) for int8. Tensor names and shapes are kept.
+        model: float for float32/float16, QDQ (the one quantized form) for int8, with quantized weights where
+        `weight_pass` names a pass. Tensor names and shapes are kept.
         Raises UnsupportedOpError for what the runtime, or `about.io` in its format, cannot do.
         """
         ...

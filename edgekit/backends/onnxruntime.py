@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: float32 and int8 ONNX files."""
+"""ONNX Runtime on the CPU: float32 and int8 ONNX files, int8 and int4 weights, int8 as activations come."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ import onnx
 import onnx_ir as ir
 
 from edgekit import model as M
-from edgekit.backends import About
+from edgekit.backends import About, ort_weights
 from edgekit.backends.encoding import with_uint8_activations
 from edgekit.backends.saturation import PAIRS, SATURATED_BELOW, probe_operands
+from edgekit.errors import UnsupportedOpError
+from edgekit.passes.quantize_weights import QuantizeWeights, product_share
 from edgekit.passes.roundings import PRODUCTS, idle
 
 NAME = "onnxruntime"
-PRECISIONS = ("float32", "int8")
+PRECISIONS = ("float32", "int8", "int8-dynamic", "int8-weights", "int4-weights")
 RUNNER = Path(__file__).parent / "runners" / "onnxruntime.py"
 KERNELS: Mapping[str, Mapping[str, str]] = {}
 _X86 = ("x86_64", "AMD64", "i686", "i386")
@@ -82,12 +84,33 @@ def unneeded(model: ir.Model) -> list[str]:
     return idle(model, PRODUCTS)
 
 
+def weight_pass(precision: str) -> QuantizeWeights | None:
+    """Dynamic int8 multiplies u8 activations by s8 weights: 7 bits where that saturates."""
+    if precision == "int8-dynamic":
+        return QuantizeWeights(bits=7 if saturates() else 8)
+    return {"int8-weights": QuantizeWeights(bits=8), "int4-weights": QuantizeWeights(bits=4)}.get(precision)
+
+
+def rounds_activations(model: ir.Model, precision: str) -> bool:
+    """Always as int8-dynamic; of 4-bit weights where few rows are multiplied at once, see `ort_weights`."""
+    return precision == "int8-dynamic" or (precision == "int4-weights" and ort_weights.rounds_activations(model))
+
+
 def lower(model: ir.Model, precision: str, folder: Path, about: About | None = None) -> list[str]:
     """Write model.onnx; int8 activations become uint8 on x86, where those kernels are up to 4× faster.
 
     Source of that figure: MobileNetV3-small 6.3 ms with int8, 1.5 ms with uint8 activations (AVX2, one thread).
-    On Arm the s8×s8 kernels are the fast ones and the model is written as it is.
+    On Arm the s8×s8 kernels are the fast ones and the model is written as it is. Raises UnsupportedOpError for
+    int8-dynamic of a model that mostly convolves: its kernels for that are slow, and ranges per call too coarse.
     """
+    if precision == "int8-dynamic" and product_share(model) < 0.5:
+        raise UnsupportedOpError(
+            "int8-dynamic is for models of matrix products; most weights of this one are in convolutions", "use int8"
+        )
+    if precision == "int8-dynamic":
+        model = ort_weights.dynamic(model)
+    elif precision in ("int8-weights", "int4-weights"):
+        model = ort_weights.weight_only(model)
     if precision == "int8" and platform.machine() in _X86:
         model = with_uint8_activations(model)
     M.save(model, folder / "model.onnx")

@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU: float32, float16 weights and int8, as OpenVINO IR."""
+"""OpenVINO on the CPU: float32, int8, and float16, int8 or int4 weights, as OpenVINO IR."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from edgekit import model as M
 from edgekit.backends import About
 from edgekit.backends.encoding import with_uint8_activations
 from edgekit.backends.saturation import PAIRS, SATURATED_BELOW, probe_operands
+from edgekit.backends.whole_groups import with_whole_groups
 from edgekit.errors import DiskError, UnsupportedOpError
+from edgekit.passes.quantize_weights import QuantizeWeights
 from edgekit.passes.roundings import PRODUCTS, idle
 
 NAME = "openvino"
-PRECISIONS = ("float32", "float16", "int8")
+PRECISIONS = ("float32", "float16", "int8", "int8-weights", "int4-weights")
 RUNNER = Path(__file__).parent / "runners" / "openvino.py"
 KERNELS: Mapping[str, Mapping[str, str]] = {}
 
@@ -118,15 +120,31 @@ def unneeded(model: ir.Model) -> list[str]:
     return idle(model, PRODUCTS | {"Conv", "ConvTranspose"})
 
 
+def weight_pass(precision: str) -> QuantizeWeights | None:
+    return {"int8-weights": QuantizeWeights(bits=8), "int4-weights": QuantizeWeights(bits=4)}.get(precision)
+
+
+def rounds_activations(model: ir.Model, precision: str) -> bool:
+    """Never: `lower` forbids it in the file."""
+    return False
+
+
 def lower(model: ir.Model, precision: str, folder: Path, about: About | None = None) -> list[str]:
-    """Write model.xml and model.bin. float16 halves the weights on disk; arithmetic stays float32."""
+    """Write model.xml and model.bin. float16 halves the weights on disk; arithmetic stays float32.
+
+    int8 and int4 weights stay integers in the file, and in memory wherever the CPU plugin multiplies by them compressed
+    (Constant, Convert, Subtract, Multiply, which is how it reads DequantizeLinear); it decides that layer by layer.
+    """
     import openvino as ov
 
     core = ov.Core()
     if precision == "int8":
         model = with_uint8_activations(model)
-    read, notes = _read(core, model)
+    compressed = weight_pass(precision) is not None
+    read, notes = _read(core, with_whole_groups(model) if compressed else model)
     _simplify(read)
+    if compressed:  # else CPUs with VNNI round the activations of such layers to int8, which is another precision
+        read.set_rt_info("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
     try:
         ov.save_model(read, str(folder / "model.xml"), compress_to_fp16=precision == "float16")
     except RuntimeError as error:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 PASSES: Mapping[str, str] = {
     "fold": "edgekit.passes.fold:Fold",
     "quantize": "edgekit.passes.quantize:QuantizeInt8",
+    "quantize_weights": "edgekit.passes.quantize_weights:QuantizeWeights",
 }
 
 

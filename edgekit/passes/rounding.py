@@ -18,16 +18,19 @@ SWEEPS = 3  # of coordinate descent; further ones change next to nothing (benchm
 DAMPING = 0.01  # of the Gram matrix' mean diagonal; GPTQ's own default
 _BLOCK = 128  # rows whose effect on the rest is added at once
 
+Limit = int | tuple[Array, Array]
+"""The largest magnitude of an integer; or the (lowest, highest), each to be broadcast to the weight."""
 
-def round_weights(weight: Array, gram: Array, scales: Array, limit: int) -> Array:
-    """Integers q in [-limit, limit] for weight ≈ q · scales with a small error in the norm of `gram`.
+
+def round_weights(weight: Array, gram: Array, scales: Array, limit: Limit) -> Array:
+    """Integers q within the limit for weight ≈ q · scales with a small error in the norm of `gram`.
 
     weight: float (groups, inputs, outputs). gram: (groups, inputs, inputs), Xᵀ X of the layer's inputs up to a factor.
     scales: (groups, 1 or inputs, outputs), > 0. Returns float64 of integers, shaped like weight.
     """
     weight, scales = weight.astype(np.float64), np.broadcast_to(scales, weight.shape).astype(np.float64)
     gram = damped(gram)
-    nearest = np.clip(np.rint(weight / scales), -limit, limit)
+    nearest = np.clip(np.rint(weight / scales), *_bounds(limit, weight))
     best = descend(nearest, weight, gram, scales, limit)
     other = descend(feedback(weight, gram, scales, limit), weight, gram, scales, limit)
     better = error(other, weight, gram, scales) < error(best, weight, gram, scales)
@@ -48,13 +51,19 @@ def error(q: Array, weight: Array, gram: Array, scales: Array) -> Array:
     return np.asarray((e * (gram @ e)).sum(axis=1))
 
 
-def feedback(weight: Array, gram: Array, scales: Array, limit: int) -> Array:
+def _bounds(limit: Limit, weight: Array) -> tuple[Array, Array]:
+    low, high = (np.float64(-limit), np.float64(limit)) if isinstance(limit, int) else limit
+    return np.broadcast_to(low, weight.shape), np.broadcast_to(high, weight.shape)
+
+
+def feedback(weight: Array, gram: Array, scales: Array, limit: Limit) -> Array:
     """GPTQ: rows from the most to the least active; each error is spread over the rows still open."""
     groups, size, _ = weight.shape
     order = np.argsort(-np.diagonal(gram, axis1=1, axis2=2), axis=1, kind="stable")
     rows = np.arange(groups)[:, None]
     left = weight[rows, order].copy()
     steps = scales[rows, order]
+    low, high = (bound[rows, order] for bound in _bounds(limit, weight))
     permuted = gram[rows[:, :, None], order[:, :, None], order[:, None, :]]
     inverse = np.linalg.inv(permuted)
     inverse = (inverse + inverse.swapaxes(1, 2)) / 2
@@ -65,7 +74,7 @@ def feedback(weight: Array, gram: Array, scales: Array, limit: int) -> Array:
         stop = min(start + _BLOCK, size)
         errors = np.zeros((groups, stop - start, weight.shape[2]))
         for k in range(start, stop):
-            q[:, k] = np.clip(np.rint(left[:, k] / steps[:, k]), -limit, limit)
+            q[:, k] = np.clip(np.rint(left[:, k] / steps[:, k]), low[:, k], high[:, k])
             e = (left[:, k] - q[:, k] * steps[:, k]) / upper[:, k, k, None]
             left[:, k:stop] -= upper[:, k, k:stop, None] * e[:, None, :]
             errors[:, k - start] = e
@@ -76,10 +85,11 @@ def feedback(weight: Array, gram: Array, scales: Array, limit: int) -> Array:
     return out
 
 
-def descend(q: Array, weight: Array, gram: Array, scales: Array, limit: int, sweeps: int = SWEEPS) -> Array:
+def descend(q: Array, weight: Array, gram: Array, scales: Array, limit: Limit, sweeps: int = SWEEPS) -> Array:
     """Cyclic coordinate descent: each row to the integer that is best with all others as they are."""
     q = q.copy()
     size = weight.shape[1]
+    low, high = _bounds(limit, weight)
     diagonal = np.diagonal(gram, axis1=1, axis2=2)
     slope = gram @ (q * scales - weight)
     for _ in range(sweeps):
@@ -92,7 +102,7 @@ def descend(q: Array, weight: Array, gram: Array, scales: Array, limit: int, swe
             for k in range(stop - start):
                 at = start + k
                 wish = q[:, at] - local[:, k] / (diagonal[:, at, None] * scales[:, at])
-                new = np.clip(np.rint(wish), -limit, limit)
+                new = np.clip(np.rint(wish), low[:, at], high[:, at])
                 change = (new - q[:, at]) * scales[:, at]
                 if change.any():
                     local += inner[:, :, k, None] * change[:, None, :]

@@ -19,6 +19,7 @@ from edgekit.target import STATIC
 if TYPE_CHECKING:
     from edgekit.backends import About
     from edgekit.backends.tflite.lowering import Lowered, Refusal
+    from edgekit.passes.quantize_weights import QuantizeWeights
 
 NAME = "tflite"
 PRECISIONS = ("float32", "float16", "int8", "int8x16", "int8-dynamic", "int8-weights")
@@ -63,19 +64,29 @@ def unneeded(model: ir.Model) -> list[str]:
     return small_tail(model, SMALL)
 
 
+def weight_pass(precision: str) -> QuantizeWeights | None:
+    """None: weights shrink while the float model is lowered, by LiteRT's own rules."""
+    return None
+
+
+def rounds_activations(model: ir.Model, precision: str) -> bool:
+    return precision == "int8-dynamic"
+
+
 def lower(model: ir.Model, precision: str, folder: Path, about: About | None = None) -> list[str]:
     """Write model.tflite. Nothing is written if a node is refused: the error names every one.
 
     float16: weights in float16, arithmetic in float32. int8-weights: the same with int8 weights. int8-dynamic: float32
     activations, quantized row by row as kernels run. int8, int8x16: what the QDQ model says.
     """
-    from edgekit.backends.tflite import check, weights
+    from edgekit.backends.tflite import check
+    from edgekit.backends.tflite.weights import shrink
 
     lowered, notes = _lowered(model, "float32" if about is None or precision not in STATIC else about.io)
     if lowered.refusals:
         raise UnsupportedOpError(f"LiteRT cannot take this model: {_told(lowered.refusals)}", "leave this backend out")
     if precision in ("float16", "int8-weights", "int8-dynamic"):
-        notes += weights.shrink(lowered.graph, precision)  # type: ignore[arg-type]
+        notes += shrink(lowered.graph, precision)  # type: ignore[arg-type]
     if lowered.islands:
         notes.append(f"computed in float between int8: {_names(lowered.islands)}")
     if lowered.requantized:
