@@ -149,9 +149,9 @@ def prepare(name: str, given: Path | None, work: Path, samples: int) -> Case:
     folder = work / name
     folder.mkdir(parents=True, exist_ok=True)
     calib, test, about = _from_zoo(ZOO[name], folder) if given is None else _from_folder(given, folder)
-    np.savez(folder / "calib.npz", **{k: v[:samples] for k, v in calib.items() if k != LABELS})
-    np.savez(folder / "validation.npz", **calib)
-    np.savez(folder / "test.npz", **{k: v[:TEST_SAMPLES] for k, v in test.items()})
+    _save(folder / "calib.npz", {k: v[:samples] for k, v in calib.items() if k != LABELS})
+    _save(folder / "validation.npz", calib)
+    _save(folder / "test.npz", {k: v[:TEST_SAMPLES] for k, v in test.items()})
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
     return Case(name, folder, about["task"], about.get("trained_on", ""))
 
@@ -187,6 +187,12 @@ def _to_onnx(source: Path, target: Path) -> None:
     from edgekit import pipeline
 
     ir.save(pipeline.load(source).model, target)
+
+
+def _save(target: Path, arrays: Arrays) -> None:
+    beside = target.with_suffix(".new.npz")
+    np.savez(beside, allow_pickle=False, **arrays)
+    beside.replace(target)  # another run may be reading it
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -82,8 +82,9 @@ def written(work: Path, order: list[str]) -> str:
     abouts = {}
     for folder in sorted((work / "results").iterdir()):
         abouts[folder.name] = json.loads((work / "models" / folder.name / "about.json").read_text(encoding="utf-8"))
-        records = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")]
-        records.sort(key=lambda r: order.index(f"{r['tool']}: {r['variant']}"))
+        kept = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")]
+        by_name = {f"{record['tool']}: {record['variant']}": record for record in kept}
+        records = [by_name[name] for name in order if name in by_name]
         found[folder.name] = [row for record in records for row in rows_of(record, abouts[folder.name]["task"])]
     rows = [row for rows in found.values() for row in rows]
     head = HEADER.format(date=date.today().isoformat(), machine=_machine(), versions=_versions(rows))

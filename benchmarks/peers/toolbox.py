@@ -39,7 +39,14 @@ def _needs_labels(case: Case) -> str:
     return "" if case.task == "classification" and labelled else "it needs classes and labelled samples"
 
 
-_NNCF = ("default", "mixed", "full bias correction", "mixed, full bias correction")
+_NNCF = (
+    "default",
+    "mixed",
+    "full bias correction",
+    "minmax",
+    "minmax, full bias correction",
+    "minmax, full bias correction, 7 bits",
+)
 
 TOOLS = {
     tool.name: tool
@@ -57,6 +64,8 @@ TOOLS = {
                 "per channel, percentile, 7 bits",
                 "per channel, minmax, products only",
                 "per channel, minmax, products only, 7 bits",
+                "per channel, minmax, products only, float outputs",
+                "per channel, minmax, products only, float outputs, 7 bits",
             ),
         ),
         Tool("nncf-onnx", "nncf", "static_nncf.py", tuple(f"onnx: {v}" for v in _NNCF)),

@@ -12,6 +12,7 @@ import nncf
 import numpy as np
 import onnx
 import openvino as ov
+from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 from samples import Feeds, calibration, validation
 
 VALIDATION = 500  # labelled samples that accuracy control looks at
@@ -44,6 +45,16 @@ def score(model: Any, data: Iterable[Any]) -> tuple[float, list[float]]:
     return float(np.mean(right)), right
 
 
+def advanced(settings: set[str]) -> nncf.AdvancedQuantizationParameters:
+    """Its default averages the extremes over the samples, "minmax" takes the largest; "7 bits" is its overflow fix."""
+    found = nncf.AdvancedQuantizationParameters()
+    if "minmax" in settings:
+        found.activations_range_estimator_params = RangeEstimatorParametersSet.MINMAX
+    if "7 bits" in settings:
+        found.overflow_fix = nncf.OverflowFix.ENABLE
+    return found
+
+
 def quantized(model: Any, rows: list[Feeds], folder: Path, settings: set[str]) -> Any:
     task = json.loads((folder / "about.json").read_text(encoding="utf-8"))["task"]
     data = nncf.Dataset(rows)
@@ -52,6 +63,7 @@ def quantized(model: Any, rows: list[Feeds], folder: Path, settings: set[str]) -
         "subset_size": len(rows),
         "fast_bias_correction": "full bias correction" not in settings,
         "model_type": nncf.ModelType.TRANSFORMER if task == "tokens" else None,
+        "advanced_parameters": advanced(settings),
     }
     if "accuracy control" not in settings:
         return nncf.quantize(model, data, **options)

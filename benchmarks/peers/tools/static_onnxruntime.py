@@ -29,6 +29,16 @@ class Reader(CalibrationDataReader):
         return next(self._rows, None)
 
 
+def pre_process(source: Path, target: str) -> None:
+    """Without symbolic shapes where it can't infer them, as its message advises."""
+    try:
+        quant_pre_process(str(source), target)
+    except Exception as error:  # it raises nothing more specific
+        if "shape inference" not in str(error):
+            raise
+        quant_pre_process(str(source), target, skip_symbolic_shape=True)
+
+
 def main() -> None:
     folder, out, variant = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     target = str(out / "model.onnx")
@@ -39,7 +49,7 @@ def main() -> None:
         # Per channel after quant_pre_process, uint8 activations: what its documentation advises on x86.
         options = set(variant.split(", "))
         prepared = str(out / "prepared.onnx")
-        quant_pre_process(str(folder / "model.onnx"), prepared)
+        pre_process(folder / "model.onnx", prepared)
         method = next(name for name in METHODS if name in options)
         quantize_static(
             prepared,
@@ -52,6 +62,7 @@ def main() -> None:
             weight_type=QuantType.QInt8,
             calibrate_method=METHODS[method],
             op_types_to_quantize=PRODUCTS if "products only" in options else None,
+            extra_options={"OpTypesToExcludeOutputQuantization": PRODUCTS} if "float outputs" in options else None,
         )
     versions = {"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__, "numpy": np.__version__}
     print(json.dumps({"versions": versions, "files": ["model.onnx"]}))
