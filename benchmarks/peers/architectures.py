@@ -148,11 +148,3 @@ def bilstm() -> keras.Model:
     x = kl.Bidirectional(kl.LSTM(48, return_sequences=True))(x)
     x = kl.Dense(64, activation="tanh")(kl.GlobalMaxPooling1D()(x))
     return keras.Model(ids, kl.Dense(VOCABULARY, name="logits")(x), name="bilstm")
-
-
-def dqn() -> keras.Model:
-    """Values of two actions on a cart with a pole. state: float32 (n, 4); output float32 (n, 2)."""
-    state = kl.Input((4,), name="state")
-    x = kl.Dense(64, activation="tanh")(state)
-    x = kl.Dense(64, activation="tanh")(x)
-    return keras.Model(state, kl.Dense(2, name="values")(x), name="dqn")
