@@ -56,6 +56,12 @@ class Observed:
     def high(self) -> float:
         return float(self.highs.max())
 
+    @property
+    def centres(self) -> Array:
+        """Of the histograms' bins."""
+        edges = np.linspace(self.low, self.high, BINS + 1)
+        return np.asarray((edges[:-1] + edges[1:]) / 2)
+
     def extend(self, values: Array, fold: int, channels: bool = False) -> None:
         low, high = float(values.min()), float(values.max())
         self.lows[fold], self.highs[fold] = min(self.lows[fold], low), max(self.highs[fold], high)

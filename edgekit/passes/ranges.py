@@ -7,7 +7,8 @@ Kullback-Leibler divergence (NVIDIA 2017). Which is best differs from tensor to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import onnx_ir as ir
 
 from edgekit.passes import regression as L
 from edgekit.passes.apply_plan import folded, quantize
-from edgekit.passes.calibrate import Observed, fetched
+from edgekit.passes.calibrate import FOLDS, Observed, fetched, squared_error
 from edgekit.passes.decide import Decision, data_inputs, weight_of
 from edgekit.passes.plan import Activation, Method, activation
 
@@ -26,7 +27,7 @@ Array = np.ndarray[Any, Any]
 
 ESTIMATORS: tuple[Method, ...] = ("minmax", "wide", "wider", "average", "percentile", "mse", "kl")
 BATCH = 32
-ROWS = 512  # of each layer, batch and fold that the error at the outputs is measured on
+ROWS = 256  # of each layer, batch and fold that the error at the outputs is measured on
 
 
 def by_output(
@@ -35,32 +36,48 @@ def by_output(
     """The estimator of each value with the least error at the outputs of the layers that read its group.
 
     By cross-validation: the ranges of three folds are tried on the fourth, so that what clips new data shows. Values
-    that no layer of constant weights reads are judged by their own error.
+    that no layer of constant weights reads are judged by their own error, from their histograms.
     """
     groups = _groups(decision)
-    readers = _readers(model, decision)
+    layers = _layers(model, decision)
+    folds = range(1 if held else 0, FOLDS)
+    errors = {n: dict.fromkeys(ESTIMATORS, 0.0) for n in decision.activations}
+    tried = {
+        (group[0], fold): {m: _parameters([seen[n] for n in group], m, fold) for m in ESTIMATORS}
+        for group in dict.fromkeys(groups.values())
+        for fold in folds
+    }
+    for name in decision.activations:
+        if name not in layers or None in layers[name]:
+            for fold in folds:
+                _add(errors[name], tried[groups[name][0], fold], partial(_own, seen[name], fold), 1.0)
     rng = np.random.default_rng(seed)
-    errors: dict[str, dict[Method, float]] = {n: dict.fromkeys(ESTIMATORS, 0.0) for n in decision.activations}
-    tried: dict[tuple[str, int], dict[Method, Activation]] = {}
-    for name, array, fold in fetched(model, data, list(decision.activations), BATCH, held):
-        if not fold and held:
-            continue
-        group = groups[name]
-        if (group[0], fold) not in tried:
-            tried[group[0], fold] = {m: _parameters([seen[n] for n in group], m, fold) for m in ESTIMATORS}
-        measured: dict[tuple[float, float], float] = {}
-        nodes = readers.get(name, ()) if array.ndim > 1 else ()
-        layers = [(node, L.layer(node, folded(node)[0], None)) for node in nodes]
-        rows = [None if layer is None else L.choose_input(layer, array, ROWS, rng) for _, layer in layers]
-        for method, how in tried[group[0], fold].items():
-            if (how.low, how.high) not in measured:
-                measured[how.low, how.high] = _error(array, how, [layer for _, layer in layers], rows)
-            errors[name][method] += measured[how.low, how.high] * (len(array) if array.ndim else 1)
+    read = [n for n in decision.activations if any(layers.get(n, ()))]
+    share = len(folds) / max(1, data.samples)
+    for name, array, fold in fetched(model, data, read, BATCH, held) if read else ():
+        for layer in layers[name] if fold in folds and array.ndim > 1 else ():
+            if layer is not None:
+                rows = L.inputs(layer, array, L.choose_input(layer, array, ROWS, rng))
+                weight = layer.weight.astype(np.float32)
+                power = _power(rows @ weight)
+                how = tried[groups[name][0], fold]
+                _add(errors[name], how, partial(_moved, rows, weight, power), share * len(array))
     out: dict[str, Method] = {}
     for name in decision.activations:
         total = {m: sum(errors[n][m] for n in groups[name]) for m in ESTIMATORS}
         out[name] = min(ESTIMATORS, key=lambda m: (total[m], ESTIMATORS.index(m)))
     return out
+
+
+def _add(
+    errors: dict[Method, float], tried: Mapping[Method, Activation], measure: Callable[[Activation], float], by: float
+) -> None:
+    """Each estimator's error; the same range is measured once."""
+    measured: dict[tuple[float, float], float] = {}
+    for method, how in tried.items():
+        if (how.low, how.high) not in measured:
+            measured[how.low, how.high] = measure(how)
+        errors[method] += by * measured[how.low, how.high]
 
 
 def _groups(decision: Decision) -> dict[str, tuple[str, ...]]:
@@ -78,32 +95,36 @@ def _parameters(group: Sequence[Observed], method: Method, without: int) -> Acti
     return activation(min(r[0] for r in ranges), max(r[1] for r in ranges), method)
 
 
-def _readers(model: ir.Model, decision: Decision) -> dict[str, list[ir.Node]]:
-    """value -> the quantized nodes of constant weights that read it as data."""
+def _layers(model: ir.Model, decision: Decision) -> dict[str, list[L.Layer | None]]:
+    """value -> the quantized layers of constant weights that read it as data; None for one that is no regression."""
     chosen = set(decision.quantized)
-    out: dict[str, list[ir.Node]] = {}
+    out: dict[str, list[L.Layer | None]] = {}
     for node in model.graph:
         if node.name in chosen and weight_of(node) is not None:
             for position in data_inputs(node):
                 value = node.inputs[position]
                 if value is not None and value.name:
-                    out.setdefault(value.name, []).append(node)
+                    out.setdefault(value.name, []).append(L.layer(node, folded(node)[0], None))
     return out
 
 
-def _error(array: Array, how: Activation, layers: Sequence[L.Layer | None], rows: Sequence[L.Rows | None]) -> float:
-    """Squared error over squared signal at the readers' outputs, summed; of the value itself without readers."""
-    rounded = (quantize(array, how).astype(np.float32) - np.float32(how.zero_point)) * np.float32(how.scale)
-    total = 0.0
-    for layer, chosen in zip(layers, rows, strict=True):
-        if layer is None or chosen is None:
-            total += _relative(rounded - array, array)
-            continue
-        weight = layer.weight.astype(np.float32)
-        exact = L.inputs(layer, array, chosen) @ weight
-        total += _relative(L.inputs(layer, rounded, chosen) @ weight - exact, exact)
-    return total if layers else _relative(rounded - array, array)
+def _moved(rows: Array, weight: Array, power: float, how: Activation) -> float:
+    """Squared error over `power` at a layer's output, of rounding its inputs. rows: float32 (groups, rows, inputs)."""
+    rounded = (quantize(rows, how).astype(np.float32) - np.float32(how.zero_point)) * np.float32(how.scale)
+    return float(np.square((rounded - rows) @ weight, dtype=np.float64).sum()) / power
 
 
-def _relative(error: Array, signal: Array) -> float:
-    return float(np.square(error, dtype=np.float64).sum() / max(np.square(signal, dtype=np.float64).sum(), 1e-30))
+def _own(seen: Observed, fold: int, how: Activation) -> float:
+    """Squared error over squared signal of the value itself in one fold."""
+    counts = seen.counts[fold]
+    used = counts > 0
+    if not used.any():
+        return 0.0
+    centres = seen.centres[used]
+    return squared_error(counts[used], centres, how.low, how.high) / max(
+        float(np.average(centres**2, weights=counts[used])), 1e-30
+    )
+
+
+def _power(values: Array) -> float:
+    return max(float(np.square(values, dtype=np.float64).sum()), 1e-30)
