@@ -701,3 +701,47 @@ def test_a_size_that_is_known_is_a_constant() -> None:
         last=np.array(-1), first=np.array(0),
     )  # fmt: skip
     assert ops(check(model)) == {"Shape": 1, "Gather": 1, "Div": 1}
+
+
+@pytest.mark.parametrize("middle", ["Relu", "Clip", "MaxPool", "AveragePool"])
+def test_one_dimensional_convolutions_meet_their_bias_and_activation(middle: str) -> None:
+    """As tf2onnx writes Conv1D: the Squeeze and the Unsqueeze between two convolutions go."""
+    step = {
+        "Relu": "r = Relu (b)",
+        "Clip": "r = Clip (b, lo, hi)",
+        "MaxPool": "r = MaxPool <kernel_shape=[3], strides=[1], pads=[1, 1]> (b)",
+        "AveragePool": "r = AveragePool <kernel_shape=[2], strides=[1], pads=[0, 1], count_include_pad=1> (b)",
+    }[middle]
+    model = build(
+        f"""g (float[n, 2, 9] x) => (float[n, 4, 9] y) {{
+            u = Unsqueeze (x, at)
+            c = Conv <pads=[0, 1, 0, 1]> (u, w)
+            s = Squeeze (c, at)
+            b = Add (s, bias)
+            {step}
+            v = Unsqueeze (r, at)
+            d = Conv <pads=[0, 1, 0, 1]> (v, w2)
+            t = Squeeze (d, at)
+            y = Add (t, t_bias)
+        }}""",
+        at=np.array([2]), lo=np.float32(0), hi=np.float32(1.5), w=normal(3, 2, 1, 3), w2=normal(4, 3, 1, 3),
+        bias=normal(1, 3, 1), t_bias=normal(4, 1),
+    )  # fmt: skip
+    assert ops(check(model)) == Counter({"Conv": 2, "Unsqueeze": 1, "Squeeze": 1, middle: 1})
+
+
+def test_a_residual_between_one_dimensional_convolutions_is_added_before_the_squeeze() -> None:
+    model = build(
+        """g (float[n, 2, 9] x) => (float[n, 2, 9] y) {
+            u = Unsqueeze (x, at)
+            c = Conv <pads=[0, 1, 0, 1]> (u, w)
+            s = Squeeze (c, at)
+            r = Relu (s)
+            v = Unsqueeze (r, at)
+            d = Conv <pads=[0, 1, 0, 1]> (v, w2)
+            t = Squeeze (d, at)
+            y = Add (t, r)
+        }""",
+        at=np.array([2]), w=normal(2, 2, 1, 3), w2=normal(2, 2, 1, 3),
+    )  # fmt: skip
+    assert ops(check(model)) == Counter({"Conv": 2, "Unsqueeze": 1, "Squeeze": 1, "Relu": 1, "Add": 1})

@@ -1,8 +1,8 @@
 """Graph clean-up: the same numbers from fewer nodes.
 
 Constants, no-ops and dead nodes go by ONNX Runtime's basic offline optimisation and by onnx_ir's passes; our own rules
-do what both leave: batch norm and per-channel factors into weights (`fold_affine`), data movement (`fold_moves`), sizes
-(`fold_shapes`).
+do what both leave: batch norm and per-channel factors into weights (`fold_affine`), data movement (`fold_moves`,
+`fold_squeeze`), sizes (`fold_shapes`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from edgekit import model as M
-from edgekit.passes import fold_affine, fold_moves, fold_patterns, fold_runtime, fold_shapes
+from edgekit.passes import fold_affine, fold_moves, fold_patterns, fold_runtime, fold_shapes, fold_squeeze
 
 if TYPE_CHECKING:
     from edgekit.dataset import Dataset
@@ -67,7 +67,8 @@ def _round(model: ir.Model) -> ir.Model:
     model = fold_runtime.without_transposes(fold_runtime.simplify(model))
     _tidy(model, merge=True)
     fold_shapes.annotate(model, thorough=True)
-    while fold_moves.fold(model.graph) or fold_affine.fold(model.graph) or fold_patterns.fold(model.graph):
+    rules = (fold_moves.fold, fold_squeeze.fold, fold_affine.fold, fold_patterns.fold)
+    while any(rule(model.graph) for rule in rules):
         _remove_dead(model)
         fold_shapes.annotate(model)
     _tidy(model, merge=True)
