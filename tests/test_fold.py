@@ -727,7 +727,8 @@ def test_one_dimensional_convolutions_meet_their_bias_and_activation(middle: str
         at=np.array([2]), lo=np.float32(0), hi=np.float32(1.5), w=normal(3, 2, 1, 3), w2=normal(4, 3, 1, 3),
         bias=normal(1, 3, 1), t_bias=normal(4, 1),
     )  # fmt: skip
-    assert ops(check(model)) == Counter({"Conv": 2, "Unsqueeze": 1, "Squeeze": 1, middle: 1})
+    folded = check(model, by_runtime=middle == "MaxPool")  # onnx 1.23's evaluator pads the other axis of it
+    assert ops(folded) == Counter({"Conv": 2, "Unsqueeze": 1, "Squeeze": 1, middle: 1})
 
 
 def test_a_residual_between_one_dimensional_convolutions_is_added_before_the_squeeze() -> None:
