@@ -167,6 +167,16 @@ def test_an_already_quantized_model_and_nan_are_refused() -> None:
         QuantizeWeights(least=1)(build("g (float[n,16] x) => (float[n,16] y) { y = MatMul(x, w) }", w=bad), None)
 
 
+def test_weights_in_constant_nodes() -> None:
+    model = build(
+        """g (float[n,4] x) => (float[n,2] y) {
+          w = Constant<value = float[4,2] {1.0, 2.0, -3.0, 4.0, 5.0, -6.0, 7.0, 8.0}>()  y = MatMul(x, w) }"""
+    )
+    made = QuantizeWeights(least=1)(model, None)
+    assert [n.op_type for n in made.graph] == ["DequantizeLinear", "MatMul"]
+    np.testing.assert_allclose(run(made, x=np.eye(4, dtype=np.float32))[0][2], [5, -6], atol=0.04)
+
+
 def test_the_share_of_products() -> None:
     assert product_share(MODELS["mlp"]()) == 1
     assert product_share(MODELS["recurrent"]()) == 1

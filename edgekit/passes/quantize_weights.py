@@ -34,9 +34,7 @@ Kind = Literal["product", "kernel", "table"]
 
 # operator -> (inputs that hold weights, axis of the output channels); all in 8 bits, a scale per channel
 _KERNELS = {"Conv": ((1,), 0), "ConvTranspose": ((1,), 1), "LSTM": ((1, 2), 1), "GRU": ((1, 2), 1), "RNN": ((1, 2), 1)}
-_PAYS = (
-    0.75  # of the symmetric grid's error: zero points cost kernels up to 15 % of their time (benchmarks/weight_only.py)
-)
+_PAYS = 0.75  # of the symmetric grid's squared error: zero points cost kernels 10 % (benchmarks/weight_only.py)
 _ROWS, _ROWS_PER_INPUT = 4096, 8  # rows that a Gram matrix is summed over: at least, and per input
 _GRAM_BYTES = 2**30  # of Gram matrices kept at once; more take another reading of the data
 
@@ -84,6 +82,9 @@ class QuantizeWeights:
         for name, value in list(model.graph.initializers.items()):
             if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
                 del model.graph.initializers[name]
+        for node in [n for n in model.graph if G.is_op(n, "Constant")]:
+            if not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
+                model.graph.remove(node, safe=True)
         return model, told
 
     def _with_grams(
