@@ -57,4 +57,4 @@ def worst(layers: Iterable[Mapping[str, Any]], most: int = 3, least: float = 0.1
         for row in layers
         if max(row["alone"], row["without"]) >= least
     ]
-    return f"of the int8 error, most is of {'; '.join(told[:most])}" if told else ""
+    return f"int8 error of one layer alone, as a share of the whole model's: {'; '.join(told[:most])}" if told else ""

@@ -188,3 +188,22 @@ def test_progress_counts_the_layers() -> None:
     blame(model, PLAIN.plan(model, data), data, lambda *args: told.append(args))  # type: ignore[arg-type]
     assert [t[1] for t in told] == list(range(6))
     assert {t[2] for t in told} == {6}
+
+
+def test_one_outlier_channel_among_many_is_named() -> None:
+    """The channel is rare enough (one of 64, mostly 0) for 99.9 % of the values to be without it."""
+    channels = 64
+    w, b = normal(channels, 3, 1, 1), np.zeros(channels, F)
+    w[:], b[:] = np.abs(w) * 0.1, 0.1
+    w[17], b[17] = [[[90.0]], [[0.0]], [[0.0]]], -230.0
+    v = normal(4, channels, 1, 1, seed=2)
+    nodes = [
+        node("Conv", ["x", "w", "b"], ["a"], name="wide"),
+        node("Relu", ["a"], ["r"], name="relu"),
+        node("Conv", ["r", "v"], ["y"], name="reader"),
+    ]
+    model = prepared(graph(nodes, {"x": ["n", 3, 6, 6]}, {"y": ["n", 4, 6, 6]}, {"w": w, "b": b, "v": v}))
+    rows = rows_of(model, X)
+    found = {r.node: r for r in rows}["wide"]
+    assert rows[0].node == "wide"
+    assert "one outlier channel (17)" in found.cause

@@ -272,3 +272,19 @@ def test_what_shares_a_scale_is_chosen_for_together() -> None:
 @pytest.mark.parametrize("samples", [1, 2, 9, 10, 11])
 def test_few_samples(samples: int) -> None:
     assert set(chosen(dense(), normal(samples, 16)).values()) <= set(ESTIMATORS)
+
+
+@pytest.mark.parametrize("op", ["Tanh", "Sigmoid"])
+def test_what_a_bounded_function_flattens_is_clipped(op: str) -> None:
+    """Sums of up to ±40 before a Tanh: the range that loses least behind it is a few units wide."""
+    function = {"Tanh": np.tanh, "Sigmoid": lambda v: 1 / (1 + np.exp(-v))}[op]
+    nodes = [node("MatMul", ["x", "w"], ["sum"], name="product"), node(op, ["sum"], ["y"], name="bound")]
+    model = graph(nodes, {"x": ["n", 16]}, {"y": ["n", 8]}, {"w": normal(16, 8, scale=3)})
+    x = normal(200, 16)
+    plan = QuantizeInt8(calibration="output", rounding="nearest", smooth="off").plan(model, Samples({"x": x}))  # type: ignore[arg-type]
+    how = plan.activations["sum"]
+    sums = (x @ np.asarray(model.graph.initializers["w"].const_value)).astype(np.float64)
+    lost = ((function(rounded(sums, how.low, how.high)) - function(sums)) ** 2).mean()
+    whole = ((function(rounded(sums, sums.min(), sums.max())) - function(sums)) ** 2).mean()
+    assert max(-how.low, how.high) < np.abs(sums).max() / 2
+    assert lost < whole / 2

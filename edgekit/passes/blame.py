@@ -180,7 +180,7 @@ def _activation_cause(how: Activation, array: Array, node: ir.Node | None) -> st
     if inner > 0 and reach > OUTLIER * inner:
         told.append(f"99.9 % within {inner:.3g}")
         channels = np.abs(np.moveaxis(array, 1, 0)).reshape(array.shape[1], -1).max(axis=1) if array.ndim > 1 else None
-        if channels is not None and (channels > inner).sum() == 1:
+        if channels is not None and (channels > OUTLIER * inner).sum() == 1:
             told.append(f"one outlier channel ({int(channels.argmax())})")
     elif array.ndim > 1:
         axis = 1 if array.ndim != 3 else 2

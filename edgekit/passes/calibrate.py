@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from edgekit.dataset import Dataset
 
 Array = np.ndarray[Any, Any]
+Function = Callable[[Array], Array]
 
 # 8 bins per int8 level: the error of taking a bin's centre is 1/64 of a quantization step's variance.
 BINS = 2048
@@ -38,6 +39,7 @@ class Observed:
 
     lows, highs: extremes. averages: sums of the batches' extremes, of `parts` batches. counts: histograms.
     sums: per channel (axis 1) over folds 1 and up, of `rows` values each; kept for tensors that weights multiply.
+    through: the bounded function that all readers apply; errors where it is flat count for nothing.
     """
 
     lows: Array = field(default_factory=lambda: np.full(FOLDS, np.inf))
@@ -47,6 +49,7 @@ class Observed:
     counts: Array = field(default_factory=lambda: np.zeros((FOLDS, BINS)))
     sums: Array | float = 0.0
     rows: int = 0
+    through: Function | None = None
 
     @property
     def low(self) -> float:
@@ -102,7 +105,7 @@ class Observed:
             return _percentile(counts, edges, low, high)
         if method == "kl":
             return _least_divergence(counts, edges, low, high)
-        return _least_error(counts, (edges[:-1] + edges[1:]) / 2, low, high)
+        return _least_error(counts, self.centres, low, high, self.through)
 
 
 def _percentile(counts: Array, edges: Array, low: float, high: float) -> tuple[float, float]:
@@ -148,29 +151,49 @@ def _least_divergence(counts: Array, edges: Array, low: float, high: float) -> t
     return best[1], best[2]
 
 
-def _least_error(counts: Array, centres: Array, low: float, high: float) -> tuple[float, float]:
+def _least_error(
+    counts: Array, centres: Array, low: float, high: float, through: Function | None = None
+) -> tuple[float, float]:
     """The clipping range with the least mean squared int8 error over the histogram (Banner et al. 2019, searched)."""
     used = counts > 0
     counts, centres = counts[used], centres[used]
     low, high = min(low, 0.0), max(high, 0.0)
-    steps = np.linspace(0.3, 1.0, 36)
-    best = (squared_error(counts, centres, low, high), low, high)
+    # what a bounded function flattens may be clipped however far it reaches
+    steps = np.linspace(0.3, 1.0, 36) if through is None else np.geomspace(0.02, 1.0, 60)
+
+    def tried(at_low: float, at_high: float) -> tuple[float, float, float]:
+        return squared_error(counts, centres, at_low, at_high, through), at_low, at_high
+
+    best = tried(low, high)
     for f in steps[:-1]:
-        best = min(best, (squared_error(counts, centres, low * f, high * f), low * f, high * f))
+        best = min(best, tried(low * f, high * f))
     for f in steps[:-1] if low < 0 < high else ():
         _, at_low, at_high = best
-        best = min(best, (squared_error(counts, centres, low * f, at_high), low * f, at_high))
-        best = min(best, (squared_error(counts, centres, at_low, high * f), at_low, high * f))
+        best = min(best, tried(low * f, at_high), tried(at_low, high * f))
     return best[1], best[2]
 
 
-def squared_error(counts: Array, centres: Array, low: float, high: float) -> float:
-    """Mean squared error of int8 with the range [low, high] on a histogram."""
+def squared_error(counts: Array, centres: Array, low: float, high: float, through: Function | None = None) -> float:
+    """Mean squared error of int8 with the range [low, high] on a histogram, or of a function of it."""
     lowest, highest = integer_range(8)
     scale = max(high - low, 1e-30) / (highest - lowest)
     zero = np.rint(lowest - low / scale)
-    q = np.clip(np.rint(centres / scale) + zero, lowest, highest)
-    return float((counts * ((q - zero) * scale - centres) ** 2).sum() / counts.sum())
+    rounded = (np.clip(np.rint(centres / scale) + zero, lowest, highest) - zero) * scale
+    error = rounded - centres if through is None else through(rounded) - through(centres)
+    return float((counts * error**2).sum() / counts.sum())
+
+
+def bounded(node: ir.Node) -> Function | None:
+    """The operator as a function if it is flat far from 0, else None."""
+    if node.op_type == "Tanh":
+        return np.tanh
+    if node.op_type == "Sigmoid":
+        return lambda x: np.asarray(1 / (1 + np.exp(-np.clip(x, -500, 500))))
+    if node.op_type == "HardSigmoid":
+        slope = float(node.attributes.get_float("alpha", 0.2) or 0.0)
+        offset = float(node.attributes.get_float("beta", 0.5) or 0.0)
+        return lambda x: np.clip(slope * x + offset, 0.0, 1.0)
+    return None
 
 
 # --- feeding the model -----------------------------------------------------------------------------------

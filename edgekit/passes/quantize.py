@@ -14,7 +14,7 @@ from edgekit import model as M
 from edgekit.errors import NoCalibrationDataError, UnsupportedOpError
 from edgekit.passes import draft, judge, ranges
 from edgekit.passes.apply_plan import apply_plan, folded, prepared
-from edgekit.passes.calibrate import Observed, check_finite, fill_histograms, held_back, observe
+from edgekit.passes.calibrate import Observed, bounded, check_finite, fill_histograms, held_back, observe
 from edgekit.passes.decide import Decision, candidate_values, decide, weight_axis, weight_of
 from edgekit.passes.plan import Activation, Bits, Method, QuantizationPlan, Weight
 from edgekit.passes.reconstruct import affordable, reconstruct
@@ -211,6 +211,7 @@ class Search:
         best: Mapping[str, Method] = {}
         if step.activation_bits == 8 and step.calibration not in ("minmax", "average"):
             used = {name: seen[name] for name in decision.activations}
+            _note_bounded(model, used)
             fill_histograms(model, self.data, used, batch_size=step.batch_size, held=self.held)
             if step.calibration in ("auto", "output"):
                 best = ranges.by_output(model, decision, seen, self.data, self.held, step.seed)
@@ -272,6 +273,16 @@ class Search:
         if not self.step.per_channel:
             scales = np.full_like(scales, scales.max())
         return Weight(value, axis, self.step.weight_bits, tuple(float(s) for s in scales))
+
+
+def _note_bounded(model: ir.Model, seen: Mapping[str, Observed]) -> None:
+    """Let values know of the one bounded function that reads them."""
+    for node in model.graph:
+        value = node.inputs[0] if node.inputs else None
+        function = bounded(node)
+        found = seen.get(value.name or "") if value is not None and len(value.uses()) == 1 else None
+        if function is not None and found is not None:
+            found.through = function
 
 
 def _word(method: Method | Mapping[str, Method]) -> str:

@@ -115,15 +115,15 @@ def _moved(rows: Array, weight: Array, power: float, how: Activation) -> float:
 
 
 def _own(seen: Observed, fold: int, how: Activation) -> float:
-    """Squared error over squared signal of the value itself in one fold."""
+    """Squared error over squared signal of the value itself in one fold, behind a bounded function if one reads it."""
     counts = seen.counts[fold]
     used = counts > 0
     if not used.any():
         return 0.0
-    centres = seen.centres[used]
-    return squared_error(counts[used], centres, how.low, how.high) / max(
-        float(np.average(centres**2, weights=counts[used])), 1e-30
-    )
+    counts, centres = counts[used], seen.centres[used]
+    signal = centres if seen.through is None else seen.through(centres)
+    power = max(float(np.average(signal**2, weights=counts)), 1e-30)
+    return squared_error(counts, centres, how.low, how.high, seen.through) / power
 
 
 def _power(values: Array) -> float:
