@@ -15,7 +15,8 @@ QUANTIZATION_SCHEMA = 1  # 1: first
 def inspect(path: Path) -> dict[str, Any]:
     """path: a build, or one artifact in it. Raises UsageError where nothing was quantized.
 
-    Artifacts of one plan are told of once. "layers": see `passes.blame.Blame`, the most damaging first.
+    Artifacts of one plan are told of once. "layers": see `passes.blame.Blame`, the most damaging first. "arithmetic":
+    per artifact and class of CPU, see `arithmetic.Distances.classes`.
     """
     folders = [path] if (path / artifact.MANIFEST).is_file() else artifact.artifacts(path)
     plans: dict[str, dict[str, Any]] = {}
@@ -26,6 +27,7 @@ def inspect(path: Path) -> dict[str, Any]:
         row = plans.setdefault(artifact.digest_json(manifest.quantization), _told(manifest.quantization))
         name = f"{manifest.target}/{manifest.backend}-{manifest.precision}"
         row["artifacts"].append(name)
+        row["arithmetic"] += [{"artifact": name, **r} for r in (manifest.parity or {}).get("arithmetic", ())]
         if (manifest.parity or {}).get("saturates") and manifest.quantization["weight_bits"] == 8:
             row["warnings"].append(f"{name}: 8-bit weights saturate in this CPU's u8×s8 kernels")
     if not plans:
@@ -45,6 +47,7 @@ def _told(plan: Mapping[str, Any]) -> dict[str, Any]:
         "tried": plan["scores"],
         "layers": plan.get("blame", []),
         "float_nodes": plan["float_nodes"],
+        "arithmetic": [],
         "warnings": [],
     }
 

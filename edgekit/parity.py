@@ -275,11 +275,13 @@ def check(
     end_to_end: Callable[[Tensors], Tensors],
     batches: Iterable[Tensors],
     elsewhere: Mapping[str, Callable[[Tensors], Tensors]] = {},
+    observe: Callable[[Tensors, Tensors, Tensors], None] | None = None,
 ) -> ParityRecord:
     """Compare a backend with the reference on every batch; memory is that of one batch.
 
     model: the QDQ model. run: runs a cut model (the same object every time) on the backend. end_to_end: runs the
-    artifact of `model`; elsewhere does so on other kernels that it may meet. Raises what the reference raises (see
+    artifact of `model`; elsewhere does so on other kernels that it may meet. observe: is shown each batch's inputs, the
+    reference's outputs and the artifact's. Raises what the reference raises (see
     Reference.run); `Unreadable` from `run` skips the units, from one of elsewhere its comparison.
     """
     reference = Reference(model)
@@ -290,7 +292,10 @@ def check(
         expected = {**inputs, **reference.run(inputs, tensors)}
         samples += len(next(iter(inputs.values())))
         forced.add(expected, {t: expected[t].shape for t in tensors})
-        whole.add(expected, end_to_end(inputs))
+        got = end_to_end(inputs)
+        whole.add(expected, got)
+        if observe is not None:
+            observe(inputs, expected, got)
         for name in list(others):
             try:
                 others[name].add(expected, elsewhere[name](inputs))

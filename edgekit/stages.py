@@ -234,7 +234,7 @@ class Conversion:
                 self.progress(f"{target.name}: lower {spec.id}", 0, 0)
                 notes = backend.lower(model, spec.precision, folder, self._about)
                 self.progress(f"{target.name}: verify {spec.id}", 0, 0)
-                parity = self._verify(backend, folder, model, spec)
+                parity = self._verify(backend, folder, model, spec, exact_device=target.weight_bits == 8)
                 notes += [
                     *verify.notes(backend.NAME, parity),
                     *_left_float(record.get("plan")),
@@ -267,12 +267,16 @@ class Conversion:
             io=self.io,
         )
 
-    def _verify(self, backend: backends.Backend, folder: Path, model: ir.Model, spec: CandidateSpec) -> dict[str, Any]:
+    def _verify(
+        self, backend: backends.Backend, folder: Path, model: ir.Model, spec: CandidateSpec, *, exact_device: bool
+    ) -> dict[str, Any]:
         from edgekit import verify
 
         data = self.bound.take(self._verify_samples, self.seed)
         if spec.precision in STATIC:
-            return verify.quantized(backend, folder, model, data, spec.precision)
+            return verify.quantized(
+                backend, folder, model, data, spec.precision, original=self.folded[0], exact_device=exact_device
+            )
         if backend.weight_pass(spec.precision) is not None:
             return verify.weights(backend, folder, model, self.source[0], data, spec.precision)
         return verify.floating(backend, folder, self.source[0], data, spec.precision)

@@ -9,13 +9,13 @@ import contextlib
 import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 
+from edgekit import arithmetic
 from edgekit import model as M
 from edgekit.backends import Backend
 from edgekit.errors import UnsupportedOpError, WorkerError
@@ -101,44 +101,6 @@ def floating(backend: Backend, folder: Path, original: ir.Model, data: Dataset, 
     }
 
 
-@dataclass
-class _Distance:
-    """How far outputs are from a reference's, summed up batch by batch; of the worst output where there are several."""
-
-    samples: int = 0
-    worst: float = 0.0
-    same: int = 0
-    labels: int = 0
-    powers: dict[str, list[float]] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    def add(self, expected: M.Tensors, got: M.Tensors) -> None:
-        self.samples += len(next(iter(expected.values())))
-        for name, value in expected.items():
-            if name not in got or got[name].shape != value.shape:
-                shape = got[name].shape if name in got else "none"
-                self.problems.append(f"output '{name}' has shape {shape}, not {value.shape}")
-                continue
-            self.worst = max(self.worst, M.difference(value, got[name]))
-            if np.issubdtype(value.dtype, np.floating):
-                power = self.powers.setdefault(name, [0.0, 0.0])
-                exact = value.astype(np.float64)
-                power[0] += float((exact**2).sum())
-                power[1] += float(((got[name] - exact) ** 2).sum())
-                if value.ndim < 2 or value.shape[-1] < 2:
-                    continue
-                equal = value.argmax(-1) == got[name].argmax(-1)
-                self.same, self.labels = self.same + int(equal.sum()), self.labels + equal.size
-
-    def sqnr_db(self) -> float | None:
-        """None for no error at all."""
-        found = [10 * np.log10(max(p, 1e-300) / e) for p, e in self.powers.values() if e]
-        return float(min(found)) if found else None
-
-    def figures(self) -> dict[str, Any]:
-        return {"label_agreement": self.same / self.labels if self.labels else None, "sqnr_db": self.sqnr_db()}
-
-
 def weights(
     backend: Backend, folder: Path, model: ir.Model, original: ir.Model, data: Dataset, precision: str
 ) -> dict[str, Any]:
@@ -151,7 +113,7 @@ def weights(
     """
     rounds = backend.rounds_activations(model, precision)
     exact, first = M.FloatSession(model, optimize=False), M.FloatSession(original, optimize=False)
-    near, far = _Distance(), _Distance()
+    near, far = arithmetic.Distance(), arithmetic.Distance()
     with opened(backend, folder) as worker:
         for part in batches(data, original):
             got = worker.infer(part)
@@ -187,36 +149,61 @@ def batches(data: Dataset, model: ir.Model) -> Iterator[M.Tensors]:
 
     Of a fixed-batch model a short last batch is left out or, if there is no other, filled by repeating its samples.
     """
+    for inputs, _ in _parts(data, model):
+        yield inputs
+
+
+def _parts(data: Dataset, model: ir.Model) -> Iterator[tuple[M.Tensors, np.ndarray[Any, Any] | None]]:
+    """(inputs, labels or None) of each batch."""
     size, exact = batch_for(model)
     for number, part in enumerate(data.batches(size)):
         if len(part.index) == size or not exact:
-            yield part.inputs
+            yield part.inputs, part.labels
         elif number == 0:
-            yield {k: v[np.arange(size) % len(v)] for k, v in part.inputs.items()}
+            repeated = np.arange(size) % len(part.index)
+            labels = None if part.labels is None else part.labels[repeated]
+            yield {k: v[repeated] for k, v in part.inputs.items()}, labels
 
 
 def quantized(
-    backend: Backend, folder: Path, model: ir.Model, data: Dataset, precision: str = "int8"
+    backend: Backend,
+    folder: Path,
+    model: ir.Model,
+    data: Dataset,
+    precision: str = "int8",
+    *,
+    original: ir.Model | None = None,
+    exact_device: bool = False,
 ) -> dict[str, Any]:
     """Compare an artifact of integers with the exact integer reference: operator by operator, and end to end.
 
-    Each operator gets the reference's own inputs. model: the QDQ model that the artifact was lowered from.
-    Returns parity.ParityRecord as JSON with "kind", "ok", "reasons", and "unrounded", "label_agreement_unrounded": the
-    tensors that the runtime is known not to round, and the agreement once the reference does not round them either.
+    Each operator gets the reference's own inputs. model: the QDQ model that the artifact was lowered from. original:
+    the float model; with it "arithmetic" tells how near to it the artifact is on each class of CPU. exact_device: it is
+    for a CPU that sums exactly, also where this one's kernels saturate.
+    Returns parity.ParityRecord as JSON with "kind", "ok", "reasons", "arithmetic", and "unrounded",
+    "label_agreement_unrounded": the tensors that the runtime is known not to round, and the agreement once the
+    reference does not round them either.
     """
     from edgekit import parity
 
     labels: list[np.ndarray[Any, Any]] = []
+    elsewhere_only = exact_device and precision == "int8" and backend.saturates()
+    environment = (backend.EXACT or {}) if elsewhere_only else {}
+    unproved = elsewhere_only and backend.EXACT is None
+    labels_of = (given for _, given in _parts(data, model))
+    near = arithmetic.Distances(original, labels_of) if original is not None else None
     with contextlib.ExitStack() as stack:
-        artifact_worker = stack.enter_context(opened(backend, folder))
+        artifact_worker = stack.enter_context(opened(backend, folder, environment=environment))
         cut: dict[int, Worker] = {}
 
         def run(loose: ir.Model, inputs: M.Tensors) -> M.Tensors:
+            if unproved:
+                raise parity.Unreadable("its kernels saturate on this CPU: run it on one that sums exactly")
             try:
                 if id(loose) not in cut:
                     home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgekit-parity-")))
                     backend.lower(loose, precision, home)
-                    cut[id(loose)] = stack.enter_context(opened(backend, home))
+                    cut[id(loose)] = stack.enter_context(opened(backend, home, environment=environment))
                 return cut[id(loose)].infer(inputs)
             except (UnsupportedOpError, WorkerError) as error:
                 raise parity.Unreadable(error.what) from error
@@ -227,22 +214,44 @@ def quantized(
             return outputs
 
         elsewhere = {name: _on_other_kernels(backend, folder, e, stack) for name, e in backend.KERNELS.items()}
-        record = parity.check(model, run, end_to_end, batches(data, model), elsewhere)
+        observe = None if near is None else near.add
+        record = parity.check(model, run, end_to_end, batches(data, model), elsewhere, observe)
     out: dict[str, Any] = {"kind": precision, **record.to_json(), **_explained(backend, model, data, labels)}
+    reasons = _reasons(out, precision, end_to_end=not unproved)
+    if reasons and not exact_device and _may_saturate(backend, model):
+        reasons.append("8-bit weights saturate in this CPU's kernels: leave out --weight-bits 8")
+    # what the proof holds for: the same file may compute something else where kernels saturate
+    saturates = backend.saturates() and not elsewhere_only
+    out.update(machine=platform.machine(), saturates=saturates, ok=not reasons, reasons=reasons)
+    if near is not None:
+        seven = not _may_saturate(backend, model)
+        out["arithmetic"] = near.classes(backend, saturates=backend.saturates(), safe=seven, here=not elsewhere_only)
+    return out
+
+
+def _may_saturate(backend: Backend, model: ir.Model) -> bool:
+    """Whether some weight needs its eighth bit, in a runtime that adds pairs of products in 16 bits."""
+    return backend.PAIR_SUMS and any(
+        array.dtype == np.int8 and array.ndim > 1 and int(np.abs(array.astype(np.int16)).max(initial=0)) > 63
+        for value in model.graph.initializers.values()
+        if (array := M.constant(value)) is not None
+    )
+
+
+def _reasons(out: Mapping[str, Any], precision: str, *, end_to_end: bool) -> list[str]:
+    """Why an artifact of integers is not what it was lowered from."""
     reasons = []
     off, most = out["per_op_max_lsb"], MAX_LSB[precision]
     if off is not None and off > most:
         reasons.append(f"an operator is {off} LSB off the reference (at most {most} is rounding)")
-    far = out["sqnr_db"] is not None and out["sqnr_db"] < MIN_SQNR_DB
+    far = end_to_end and out["sqnr_db"] is not None and out["sqnr_db"] < MIN_SQNR_DB
     if far and (out["label_agreement"] is None or out["label_agreement"] < MIN_LABEL_AGREEMENT):
         labels = out["label_agreement"]
         told = "" if labels is None else f", and only {labels:.1%} of the labels are its"
         reasons.append(f"the outputs are {out['sqnr_db']:.1f} dB from the integer reference's{told}")
     if out["samples"] == 0:
         reasons.append("there were no samples to compare on")
-    # what the proof holds for: the same file may compute something else where kernels saturate
-    out.update(machine=platform.machine(), saturates=backend.saturates())
-    return {**out, "ok": not reasons, "reasons": reasons}
+    return reasons
 
 
 def _on_other_kernels(

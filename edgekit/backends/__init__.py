@@ -55,6 +55,12 @@ class Backend(Protocol):
     KERNELS: Mapping[str, Mapping[str, str]]
     """Other kernels of this runtime that an artifact may meet on a device: in words -> a worker's environment."""
 
+    PAIR_SUMS: bool
+    """Whether its u8×s8 kernels add pairs of products in 16 bits, which saturate, on x86 before VNNI."""
+
+    EXACT: Mapping[str, str] | None
+    """A worker's environment in which nothing saturates on any CPU, however slowly; None if there is none."""
+
     def missing(self) -> str | None:
         """None if the runtime is installed, else the command that installs it."""
         ...

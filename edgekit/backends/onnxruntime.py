@@ -26,6 +26,10 @@ NAME = "onnxruntime"
 PRECISIONS = ("float32", "int8", "int8-dynamic", "int8-weights", "int4-weights")
 RUNNER = Path(__file__).parent / "runners" / "onnxruntime.py"
 KERNELS: Mapping[str, Mapping[str, str]] = {}
+PAIR_SUMS = True
+EXACT: Mapping[str, str] | None = {
+    "EDGEKIT_ORT_KERNELS": "float"
+}  # QuantizeLinear and DequantizeLinear as they are written, float32 between them
 _X86 = ("x86_64", "AMD64", "i686", "i386")
 
 

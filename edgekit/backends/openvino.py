@@ -27,6 +27,8 @@ NAME = "openvino"
 PRECISIONS = ("float32", "float16", "int8", "int8-weights", "int4-weights")
 RUNNER = Path(__file__).parent / "runners" / "openvino.py"
 KERNELS: Mapping[str, Mapping[str, str]] = {}
+PAIR_SUMS = True
+EXACT: Mapping[str, str] | None = None
 
 
 def missing() -> str | None:

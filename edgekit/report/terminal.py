@@ -168,11 +168,24 @@ def print_quantization(document: Mapping[str, Any], *, layers: bool = False, out
             name = f"{row['op']} {_short(row['node'])}"
             table.add_row(name, f"{row['alone']:.1%}", f"{row['without']:+.1%}", row["cause"])
         out.print(table)
+        out.print(_arithmetic_table(plan["arithmetic"]))
         _list(out, plan["warnings"], "yellow")
     out.print(
         "Shares of the whole int8 error at the outputs: of a layer alone, and what vanishes when only it stays float.",
         style="dim",
     )
+
+
+def _arithmetic_table(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """How near to float each artifact is on each class of CPU."""
+    table = _table()
+    for title in ("artifact", "on", "agrees", "accuracy lost", "SQNR dB", ""):
+        table.add_column(title, justify="left" if title in ("artifact", "on", "") else "right", overflow="fold")
+    for row in rows:
+        sqnr = row["sqnr_db"]
+        cells = [_share(row["label_agreement"]), _share(row["accuracy_drop"])]
+        table.add_row(row["artifact"], row["cpu"], *cells, summary.NONE if sqnr is None else f"{sqnr:.1f}", row["how"])
+    return table
 
 
 def _share(value: float | None) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 MODEL_FILE = "model.onnx"
+KERNELS = "EDGEKIT_ORT_KERNELS"  # "float" for arithmetic without integer kernels
 
 
 def version() -> str:
@@ -29,6 +30,8 @@ class Session:
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         # A pool that is told to stop spinning between runs leaves the cores to whoever is measured next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if os.environ.get(KERNELS) == "float":  # QDQ as it is written: no integer kernel, nothing saturates
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if profile:
             options.enable_profiling = True
             self._profile_dir = tempfile.mkdtemp(prefix="edgekit-profile-")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _installed
 from importlib.util import find_spec
@@ -25,6 +26,8 @@ NAME = "tflite"
 PRECISIONS = ("float32", "float16", "int8", "int8x16", "int8-dynamic", "int8-weights")
 RUNNER = Path(__file__).parent.parent / "runners" / "tflite.py"
 KERNELS = {"reference kernels (microcontrollers, runtimes without XNNPACK)": {"EDGEKIT_TFLITE_KERNELS": "reference"}}
+PAIR_SUMS = False
+EXACT: Mapping[str, str] | None = {}
 FILE = "model.tflite"
 _TOLD = 8  # refusals that one error line spells out
 SMALL = 0.05  # of a model's weights: stored in float32 they add at most 15 % to the file
