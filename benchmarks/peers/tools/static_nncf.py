@@ -68,6 +68,7 @@ def quantized(model: Any, rows: list[Feeds], folder: Path, settings: set[str]) -
     if "accuracy control" not in settings:
         return nncf.quantize(model, data, **options)
     labelled = nncf.Dataset(validation(folder)[:VALIDATION])
+    options["advanced_quantization_parameters"] = options.pop("advanced_parameters")
     return nncf.quantize_with_accuracy_control(model, data, labelled, score, max_drop=MAX_DROP, **options)
 
 
