@@ -34,8 +34,8 @@ SEED = 0
 TEACHER = "mobilenet_v2_cifar.keras"  # takes x / 127.5 - 1; gives logits
 TEMPERATURE = 2.0  # Hinton et al. 2015, of the distillation
 ONNX = (
-    "import sys; from edgekit import model as M, pipeline; "
-    "open(sys.argv[2], 'wb').write(M.to_bytes(pipeline.load(sys.argv[1]).model))"
+    "import sys; from pathlib import Path; from edgekit import model as M, pipeline; "
+    "Path(sys.argv[2]).write_bytes(M.to_bytes(pipeline.load(sys.argv[1]).model))"
 )
 
 
