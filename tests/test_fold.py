@@ -272,7 +272,7 @@ def test_a_quantized_model_is_left_alone() -> None:
 
 
 # --- dense layers ---------------------------------------------------------------------------------
-def test_matmul_and_add_of_a_matrix_is_gemm_of_more_axes_is_not() -> None:
+def test_matmul_and_add_are_a_gemm_of_more_axes_between_reshapes() -> None:
     flat = build(
         "net (float[batch,5] x) => (float[batch,7] y) { a = MatMul(x, w) y = Add(b, a) }", w=normal(5, 7), b=normal(7)
     )
@@ -281,7 +281,27 @@ def test_matmul_and_add_of_a_matrix_is_gemm_of_more_axes_is_not() -> None:
         "net (float[batch,4,5] x) => (float[batch,4,7] y) { a = MatMul(x, w) c = Mul(a, s) y = Add(b, c) }",
         w=normal(5, 7), b=normal(7), s=normal(7),
     )  # fmt: skip
-    assert ops(check(deep)) == {"MatMul": 1, "Add": 1}
+    assert ops(check(deep)) == {"Reshape": 2, "Gemm": 1}
+    # as Keras writes the projections of an attention: the bias behind a reshape into heads
+    heads = build(
+        "net (float[batch,4,6] x) => (float[batch,4,2,3] y) { a = MatMul(x, w) c = Reshape(a, s) y = Add(c, b) }",
+        w=normal(6, 6), b=normal(2, 3), s=np.array([-1, 4, 2, 3]),
+    )  # fmt: skip
+    assert ops(check(heads)) == {"Reshape": 2, "Gemm": 1}
+
+
+def test_what_is_no_bias_stays_an_addition() -> None:
+    per_row = build(
+        "net (float[batch,4,5] x) => (float[batch,4,7] y) { a = MatMul(x, w) y = Add(a, b) }",
+        w=normal(5, 7), b=normal(4, 7),
+    )  # fmt: skip
+    assert ops(check(per_row)) == {"MatMul": 1, "Add": 1}
+    open_sizes = build(
+        "net (float[batch,steps,5] x) => (float[batch,steps,7] y) { a = MatMul(x, w) y = Add(a, b) }",
+        w=normal(5, 7), b=normal(7),
+    )  # fmt: skip
+    folded = Fold()(open_sizes, None)
+    assert ops(folded) == {"MatMul": 1, "Add": 1}
     vector = build("net (float[5] x) => (float[7] y) { a = MatMul(x, w) y = Add(b, a) }", w=normal(5, 7), b=normal(7))
     assert ops(check(vector)) == {"MatMul": 1, "Add": 1}
 

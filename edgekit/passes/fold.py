@@ -2,7 +2,7 @@
 
 Constants, no-ops and dead nodes go by ONNX Runtime's basic offline optimisation and by onnx_ir's passes; our own rules
 do what both leave: batch norm and per-channel factors into weights (`fold_affine`), data movement (`fold_moves`,
-`fold_squeeze`), sizes (`fold_shapes`).
+`fold_squeeze`), the bias of dense layers (`fold_dense`), sizes (`fold_shapes`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from edgekit import model as M
-from edgekit.passes import fold_affine, fold_moves, fold_patterns, fold_runtime, fold_shapes, fold_squeeze
+from edgekit.passes import fold_affine, fold_dense, fold_moves, fold_patterns, fold_runtime, fold_shapes, fold_squeeze
 
 if TYPE_CHECKING:
     from edgekit.dataset import Dataset
@@ -30,7 +30,8 @@ class Fold:
     """The pass `fold`: float32 results within rounding (about 1e-6 relative), same inputs and outputs, idempotent.
 
     A model that holds QuantizeLinear or DequantizeLinear keeps all of it: only dead nodes go. A batch norm that no
-    weighted operator precedes becomes Mul and Add; apart from that the model never gains a node.
+    weighted operator precedes becomes Mul and Add, and a product over more than two axes gains a Reshape with its bias;
+    apart from that the model never gains a node.
     """
 
     def __call__(self, model: ir.Model, data: Dataset | None) -> ir.Model:
@@ -67,7 +68,7 @@ def _round(model: ir.Model) -> ir.Model:
     model = fold_runtime.without_transposes(fold_runtime.simplify(model))
     _tidy(model, merge=True)
     fold_shapes.annotate(model, thorough=True)
-    rules = (fold_moves.fold, fold_squeeze.fold, fold_affine.fold, fold_patterns.fold)
+    rules = (fold_moves.fold, fold_squeeze.fold, fold_affine.fold, fold_patterns.fold, fold_dense.fold)
     while any(rule(model.graph) for rule in rules):
         _remove_dead(model)
         fold_shapes.annotate(model)

@@ -68,13 +68,19 @@ def graph_of(node: ir.Node) -> ir.Graph:
     return graph
 
 
-def new_constant(graph: ir.Graph, name: str, data: Array) -> ir.Value:
-    """A new initializer; the name gets a number if it is taken by any value of the graph."""
+def free_name(graph: ir.Graph, name: str) -> str:
+    """The name, with a number if it is taken by any value of the graph."""
     taken = set(graph.initializers) | {v.name for v in graph.inputs} | {o.name for n in graph for o in n.outputs}
     unique, count = name, 0
     while unique in taken:
         count += 1
         unique = f"{name}_{count}"
+    return unique
+
+
+def new_constant(graph: ir.Graph, name: str, data: Array) -> ir.Value:
+    """A new initializer of a free name."""
+    unique = free_name(graph, name)
     tensor = ir.tensor(np.asarray(data, order="C"), name=unique)
     value = ir.Value(name=unique, shape=ir.Shape(data.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)

@@ -105,7 +105,7 @@ def _swap(node: ir.Node, inputs: list[ir.Value | None], axes: tuple[int, ...]) -
     sizes = list(G.dims(output) or ())
     for axis in axes:
         sizes.insert(axis, 1)
-    result.name, result.type = f"{output.name}/unsqueezed", output.type
+    result.name, result.type = G.free_name(graph, f"{output.name}/unsqueezed"), output.type
     result.shape = ir.Shape(sizes) if sizes else None
     graph.insert_before(node, moved)
     node.name = f"{node.name}/squeeze"

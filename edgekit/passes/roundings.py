@@ -17,6 +17,8 @@ from edgekit.scheme import BOUNDS
 # float on the runtimes that leave roundings out, whatever surrounds them
 _FLOAT = frozenset({"Softmax", "LogSoftmax", "Gelu", "LayerNormalization", "Erf", "HardSwish"})
 PRODUCTS = frozenset({"MatMul", "Gemm"})
+# cost nothing in any type
+_FREE = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 # cheap in float at the end of a graph, where nothing multiplies any more
 _CHEAP = (
     frozenset(
@@ -39,11 +41,24 @@ def idle(model: ir.Model, producers: frozenset[str]) -> list[str]:
             continue
         readers = [r for use in node.outputs[0].uses() for r in _readers(use.node)]
         to_output = [d for use in node.outputs[0].uses() if (d := use.node).outputs[0].name in outputs]
-        if (readers or to_output) and all(_floats(r, found) for r in readers):
-            tail = source.op_type in producers or all(_ends(r, found) for r in readers)
-            if tail:
-                found.add(node.outputs[0].name or "")
+        floats = bool(readers or to_output) and all(_floats(r, found) for r in readers)
+        if floats and (_gives_float(source, producers) or all(_ends(r, found) for r in readers)):
+            found.add(node.outputs[0].name or "")
     return [n.outputs[0].name or "" for n in model.graph if n.outputs[0].name in found]
+
+
+def _gives_float(node: ir.Node, producers: frozenset[str]) -> bool:
+    """A product, or what only reshapes one that nobody else reads."""
+    while node.op_type in _FREE:
+        dequantize = node.inputs[0].producer() if node.inputs[0] is not None else None
+        rounded = dequantize.inputs[0] if dequantize is not None and dequantize.op_type == "DequantizeLinear" else None
+        quantize = rounded.producer() if rounded is not None and len(rounded.uses()) == 1 else None
+        exact = quantize.inputs[0] if quantize is not None and quantize.op_type == "QuantizeLinear" else None
+        source = exact.producer() if exact is not None else None
+        if source is None:
+            return False
+        node = source
+    return node.op_type in producers
 
 
 def _bounded(graph: ir.Graph, quantize: ir.Node) -> ir.Value:
