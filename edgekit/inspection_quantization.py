@@ -22,8 +22,9 @@ def inspect(path: Path) -> dict[str, Any]:
     plans: dict[str, dict[str, Any]] = {}
     for folder in folders:
         manifest = artifact.read_manifest(folder, verify=False)
-        if manifest.quantization is None:
-            continue
+        if "method" not in (manifest.quantization or {}):
+            continue  # float, or weights alone
+        assert manifest.quantization is not None
         row = plans.setdefault(artifact.digest_json(manifest.quantization), _told(manifest.quantization))
         name = f"{manifest.target}/{manifest.backend}-{manifest.precision}"
         row["artifacts"].append(name)

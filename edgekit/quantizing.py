@@ -21,6 +21,7 @@ from edgekit.report.progress import Progress
 if TYPE_CHECKING:
     from edgekit.dataset import Dataset
 
+SENSIBLE = 64  # samples: with fewer, ranges miss what comes (benchmarks/calibration_samples.py)
 PROTECTED = "protected"  # how the reason of a layer begins that a budget keeps in float
 
 applied = apply_plan
@@ -49,6 +50,9 @@ def plan(
     else:
         chosen, kept = protect(step, model, samples.calibration, samples.rest, budget, progress, with_uint8_activations)
         told, notes = {"budget": kept.to_json()}, [kept.words()]
+    if samples.calibration.samples < SENSIBLE:
+        count = samples.calibration.samples
+        notes.append(f"calibrated on {count} sample{'s' * (count != 1)} only: give {SENSIBLE} or more, better 256")
     found = blame(model, chosen, samples.calibration, progress)
     return chosen, {"plan": {**chosen.record(), "blame": [row.to_json() for row in found], **told}, "told": notes}
 

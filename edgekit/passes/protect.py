@@ -57,6 +57,10 @@ class Kept:
 
     def words(self) -> str:
         figures = f"{self.lost:.2%} ± {self.error:.2%} of {self.measure} on {self.samples} samples"
+        if self.error > self.budget > 0:
+            # the error falls with the square root
+            enough = int(np.ceil(self.samples * (self.error / self.budget) ** 2))
+            figures += f" (too few to tell {self.budget:.2%}: some {enough} would)"
         if not self.protected:
             return f"within the budget of {self.budget:.2%}: loses {figures}"
         names = ", ".join(f"'{n}'" for n in list(self.protected)[:4])

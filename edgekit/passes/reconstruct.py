@@ -104,28 +104,26 @@ def _solve(
     mean = np.trace(gram, axis1=1, axis2=2)[:, None, None] / gram.shape[1]
     eye = np.eye(gram.shape[1])
 
-    def bias_of(q: Array) -> Array | None:
-        return mean_y - mean_x @ (q * scales) if free else None
+    def bias_of(real: Array) -> Array | None:
+        return mean_y - mean_x @ real if free else None
 
-    def left(q: Array, bias: Array | None) -> Array:
+    def left(real: Array, bias: Array | None) -> Array:
         """Squared error on the held-back rows, per group and output."""
-        result = held[0] @ (q * scales) + (0.0 if bias is None else bias)
+        result = held[0] @ real + (0.0 if bias is None else bias)
         return np.asarray(((result - held[1]) ** 2).sum(axis=1))
 
-    plain = left(nearest, None if layer.bias is None else layer.bias[:, None, :])
-    tried = [(nearest, bias_of(nearest))]
+    plain = left(nearest * scales, None if layer.bias is None else layer.bias[:, None, :])
     solid = damped(gram)
-    for ridge in RIDGES:
-        better = layer.weight + np.linalg.solve(solid + ridge * mean * eye, slope)
-        q = round_weights(better, gram, scales, plan.limit)
-        tried.append((q, bias_of(q)))
-    q = round_weights(layer.weight, gram, scales, plan.limit)
-    tried.append((q, bias_of(q)))
-    errors = [left(q, b).sum() for q, b in tried]
+    ridged = [layer.weight + np.linalg.solve(solid + ridge * mean * eye, slope) for ridge in RIDGES]
+    # which ridge shows before rounding, which is what takes the time
+    ideal = min(ridged, key=lambda real: float(left(real, bias_of(real)).sum()))
+    tried = [nearest, *(round_weights(wish, gram, scales, plan.limit) for wish in (ideal, layer.weight))]
+    biases = [bias_of(q * scales) for q in tried]
+    errors = [left(q * scales, bias).sum() for q, bias in zip(tried, biases, strict=True)]
     best = int(np.argmin(errors))
     if not errors[best] < plain.sum():
         return None
-    q, bias = tried[best]
+    q, bias = tried[best], biases[best]
     return Fitted(
         layer.restored(q), None if bias is None else bias.reshape(-1), float(errors[best] / max(plain.sum(), 1e-300))
     )
