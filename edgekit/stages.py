@@ -18,7 +18,14 @@ import onnx_ir as ir
 
 from edgekit import __version__, artifact, backends
 from edgekit import model as M
-from edgekit.errors import ArtifactError, ConversionMismatchError, NonFiniteError, UnsupportedOpError, UsageError
+from edgekit.errors import (
+    ArtifactError,
+    ConversionMismatchError,
+    NonFiniteError,
+    ShapeError,
+    UnsupportedOpError,
+    UsageError,
+)
 from edgekit.passes.roundings import leave_out
 from edgekit.report.progress import Progress
 from edgekit.target import STATIC, CandidateSpec, Target
@@ -317,9 +324,19 @@ class Conversion:
         )
 
     def check_names(self) -> None:
-        """Import and clean up the model; raises UsageError for a `keep_float` that names no node."""
+        """Import and clean up the model.
+
+        Raises UsageError for a `keep_float` that names no node, ShapeError for inputs of different fixed batches.
+        """
         import difflib
 
+        first = {s.name: s.shape[0] for s in M.signature(self.source[0]).inputs if s.shape and not s.dynamic_batch}
+        if len(set(first.values())) > 1:
+            told = ", ".join(f"'{name}' {size}" for name, size in first.items())
+            raise ShapeError(
+                f"the first size of each input is its batch, and here they differ: {told}",
+                "move the batch to axis 0 of every input, or keep the state inside the model",
+            )
         known = [n.name or "" for n in self.folded[0].graph]
         for name in self.keep_float:
             if name not in known:

@@ -141,3 +141,20 @@ def test_no_inputs(tmp_path: Path) -> None:
     model.graph.initializer.append(numpy_helper.from_array(np.ones((1, 4), F), "x"))
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     refused(tmp_path / "m.onnx", errors.ModelFileError, "inputs")
+
+
+def test_a_state_beside_the_batch_is_refused_by_its_sizes(tmp_path: Path) -> None:
+    from edgekit import pipeline
+
+    value = helper.make_tensor_value_info
+    nodes = [
+        helper.make_node("ReduceSum", ["state"], ["s"], keepdims=0),
+        helper.make_node("Add", ["x", "s"], ["y"]),
+    ]
+    inputs = [value("x", TensorProto.FLOAT, [1, 4]), value("state", TensorProto.FLOAT, [2, 1, 3])]
+    graph = helper.make_graph(nodes, "g", inputs, [value("y", TensorProto.FLOAT, [1, 4])])
+    path = tmp_path / "stateful.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    with pytest.raises(errors.ShapeError, match="'x' 1, 'state' 2"):
+        pipeline.convert(path, ["cpu"], precisions=["float32"], out=tmp_path / "b")
+    assert not (tmp_path / "b").exists()
