@@ -157,4 +157,4 @@ def test_a_state_beside_the_batch_is_refused_by_its_sizes(tmp_path: Path) -> Non
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
     with pytest.raises(errors.ShapeError, match="'x' 1, 'state' 2"):
         pipeline.convert(path, ["cpu"], precisions=["float32"], out=tmp_path / "b")
-    assert not (tmp_path / "b").exists()
+    assert not (tmp_path / "b" / "cpu").exists()
