@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import click
 import numpy as np
 import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from edgekit import cli
 from edgekit import model as M
 from edgekit.errors import UnsupportedOpError
 from edgekit.passes import reconstruct
@@ -155,6 +157,19 @@ def test_every_option(step: QuantizeInt8) -> None:
         assert not any(w.integers for w in plan.weights.values())
     if step.bias_correction == "off" and step.rounding == "nearest":
         assert plan.bias_shifts == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("60", 60), ("60s", 60), ("2m", 120), ("0", 0), ("0.5m", 30), ("1.5", 1.5), (None, None)]
+)
+def test_a_time_as_people_write_it(text: str | None, seconds: float | None) -> None:
+    assert cli._seconds(None, None, text) == seconds  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["", "s", "m", "-1", "-1s", "1h", "nan", "inf", "infm", "1 minute", "１０x"])
+def test_what_is_no_time(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="60s or 2m"):
+        cli._seconds(None, None, text)  # type: ignore[arg-type]
 
 
 def test_what_was_planned_is_planned_again() -> None:
