@@ -163,9 +163,7 @@ def _given(model: keras.Model, x: Tensors) -> Array | list[Array]:
 def train(recipe: Recipe, data: Data) -> keras.Model:
     """AdamW with a short warm-up and a cosine; batches of 64."""
     model = recipe.model()
-    inputs = (
-        [data.train[name] for name in model.input_names] if len(data.train) > 1 else next(iter(data.train.values()))
-    )
+    inputs = _given(model, data.train)
     steps = recipe.epochs * (len(data.train_y) // 64)
     rate = keras.optimizers.schedules.CosineDecay(
         recipe.rate / 10, steps - steps // 20, warmup_target=recipe.rate, warmup_steps=steps // 20
