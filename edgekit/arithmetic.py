@@ -6,7 +6,7 @@ dot products sum exactly, which the integer reference does bit for bit wherever 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +63,12 @@ class Distance:
 
 
 class Distances:
-    """Of the integer reference, and of the artifact as it ran here, from the float model."""
+    """Of the integer reference, and of the artifact on this CPU's own kernels, from the float model.
+
+    natively: runs the artifact on those, where it was proved on others.
+    """
+
+    natively: Callable[[M.Tensors], M.Tensors] | None = None
 
     def __init__(self, original: ir.Model, labels: Iterator[Array | None]) -> None:
         self._float, self._labels = M.FloatSession(original, optimize=False), labels
@@ -73,6 +78,7 @@ class Distances:
 
     def add(self, inputs: M.Tensors, expected: M.Tensors, got: M.Tensors) -> None:
         wanted = self._float.run(inputs)
+        got = got if self.natively is None else self.natively(inputs)
         self.reference.add(wanted, expected)
         self.here.add(wanted, got)
         labels = next(self._labels, None)
@@ -89,13 +95,12 @@ class Distances:
         drop = float(np.mean(right["float"]) - np.mean(right[name])) if right[name] else None
         return {**distance.figures(), "accuracy_drop": drop}
 
-    def classes(self, backend: Backend, *, saturates: bool, safe: bool, here: bool) -> list[dict[str, Any]]:
+    def classes(self, backend: Backend, *, saturates: bool, safe: bool) -> list[dict[str, Any]]:
         """One row per class: "cpu", "how", "label_agreement", "sqnr_db", "accuracy_drop"; None where nobody could tell.
 
-        saturates: this CPU, by the probe. safe: no weight is large enough to saturate. here: the artifact ran with this
-        CPU's own integer kernels.
+        saturates: this CPU, by the probe. safe: no weight is large enough to saturate.
         """
-        measured = here and (not saturates or safe)
+        measured = not saturates or safe
         name, how = ("here", "measured here") if measured else ("reference", "simulated by the integer reference")
         exact = self._figures(self.here if measured else self.reference, name)
         if not backend.PAIR_SUMS:
@@ -103,7 +108,7 @@ class Distances:
         rows = [{"cpu": EXACT, "how": how, **exact}]
         if safe:
             rows.append({"cpu": PAIRS, "how": "the same: 7-bit weights cannot saturate", **exact})
-        elif saturates and here:
+        elif saturates:
             rows.append({"cpu": PAIRS, "how": "measured here", **self._figures(self.here, "here")})
         else:
             rows.append({"cpu": PAIRS, "how": "not run: needs such a CPU", **dict.fromkeys(exact)})

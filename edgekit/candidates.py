@@ -30,7 +30,10 @@ def of_artifact(path: Path, manifest: artifact.Manifest) -> Entry:
     if install:
         problems = (*problems, f"not run: needs {manifest.backend}: {install}")
     elif _proved_elsewhere(manifest) and backend.saturates():
-        problems = (*problems, "proved on a CPU whose int8 kernels do not saturate, as this one's do: convert it here")
+        problems = (
+            *problems,
+            "made for CPUs whose int8 kernels do not saturate, as this one's do: convert it for this CPU",
+        )
     return Entry(
         target=manifest.target,
         backend=manifest.backend,

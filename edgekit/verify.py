@@ -214,6 +214,8 @@ def quantized(
             return outputs
 
         elsewhere = {name: _on_other_kernels(backend, folder, e, stack) for name, e in backend.KERNELS.items()}
+        if near is not None and environment:
+            near.natively = stack.enter_context(opened(backend, folder)).infer
         observe = None if near is None else near.add
         record = parity.check(model, run, end_to_end, batches(data, model), elsewhere, observe)
     out: dict[str, Any] = {"kind": precision, **record.to_json(), **_explained(backend, model, data, labels)}
@@ -224,8 +226,7 @@ def quantized(
     saturates = backend.saturates() and not elsewhere_only
     out.update(machine=platform.machine(), saturates=saturates, ok=not reasons, reasons=reasons)
     if near is not None:
-        seven = not _may_saturate(backend, model)
-        out["arithmetic"] = near.classes(backend, saturates=backend.saturates(), safe=seven, here=not elsewhere_only)
+        out["arithmetic"] = near.classes(backend, saturates=backend.saturates(), safe=not _may_saturate(backend, model))
     return out
 
 

@@ -87,7 +87,7 @@ def test_a_proof_from_another_kind_of_cpu_is_not_trusted(model_and_data: Path) -
     done = subprocess.run(bench, cwd=model_and_data, env=AVX2, capture_output=True, text=True, check=True)
     row = next(r for r in json.loads(done.stdout)["artifacts"] if r["precision"] == "int8")
     assert not row["valid"]
-    assert "convert it here" in row["reasons"][0]
+    assert "convert it for this CPU" in row["reasons"][0]
 
 
 def test_eight_bits_on_a_saturating_kernel_are_caught_and_never_called_valid(model_and_data: Path) -> None:
@@ -97,3 +97,40 @@ def test_eight_bits_on_a_saturating_kernel_are_caught_and_never_called_valid(mod
     assert not parity["ok"]  # type: ignore[index]
     assert parity["per_op_max_lsb"] > 1  # type: ignore[index]
     assert "LSB off the reference" in parity["reasons"][0]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_for_a_cpu_that_sums_exactly_both_kinds_are_told(model_and_data: Path, backend: str) -> None:
+    """8-bit weights made here for a CPU elsewhere: its accuracy is the reference's, this CPU's is measured."""
+    if backend == "onnxruntime":
+        from edgekit.backends import onnxruntime
+
+        if not onnxruntime.saturates():
+            pytest.skip("ONNX Runtime's kernels do not saturate on this CPU, and cannot be told to")
+    (model_and_data / "exact.toml").write_text(
+        f"""schema = 1
+description = "a CPU with VNNI"
+weight_bits = 8
+candidates = [
+    {{ backend = "{backend}", precision = "float32" }}, {{ backend = "{backend}", precision = "int8" }}
+]
+""",
+        encoding="utf-8",
+    )
+    command = ["convert", "m.onnx", "-t", "exact", "--targets", ".", "--data", "d.npz", "-o", "exact", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "edgekit", *command],
+        cwd=model_and_data, env=AVX2, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    row = next(r for r in json.loads(done.stdout)["artifacts"] if r["candidate"] == f"{backend}-int8")
+    assert row["status"] == "made"
+    parity = row["parity"]
+    if backend == "openvino":
+        assert parity["per_op_max_lsb"] is None
+        assert any("saturate on this CPU" in why for _, why in parity["skipped"])
+    else:
+        assert parity["per_op_max_lsb"] <= 1
+    exact, pairs = parity["arithmetic"]
+    assert exact["how"] == "simulated by the integer reference"
+    assert pairs["how"] == "measured here"
+    assert exact["sqnr_db"] > pairs["sqnr_db"] + 3
