@@ -63,7 +63,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        return self.runtime if self.own else f"{self.record['tool']}, {self.record['variant']}"
+        return f"{self.runtime if self.own else self.record['tool']}, {self.record['variant']}"
 
     def figure(self, place: str, name: str) -> float | None:
         """place: "here" or "portable"; None where it was not or can't be measured."""
@@ -124,8 +124,8 @@ def _model(name: str, about: dict[str, Any], rows: list[Row]) -> str:
     columns = (
         f"tool | settings | runtime | {score} here | portable | agreement here | portable | SQNR dB here | portable"
     )
-    lines = [f"## {name}", "", told + ".", "", f"| {columns} | kB | time | tool s (CPU s) | peak MB |"]
-    return "\n".join([*lines, "|---|---|---|" + "--:|" * 10, *(_line(row) for row in rows), ""])
+    lines = [f"## {name}", "", told + ".", "", f"| {columns} | of outputs | kB | time | tool s (CPU s) | peak MB |"]
+    return "\n".join([*lines, "|---|---|---|" + "--:|" * 11, *(_line(row) for row in rows), ""])
 
 
 def _line(row: Row) -> str:

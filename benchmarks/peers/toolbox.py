@@ -51,7 +51,7 @@ _NNCF = (
 TOOLS = {
     tool.name: tool
     for tool in (
-        Tool("edgekit", "own", "edgekit_convert.py", ("default",)),
+        Tool("edgekit", "own", "edgekit_convert.py", ("default", "8-bit weights")),
         Tool(
             "onnxruntime",
             "onnxruntime",
