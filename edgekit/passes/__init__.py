@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # name -> "module:class"
 PASSES: Mapping[str, str] = {
     "fold": "edgekit.passes.fold:Fold",
+    "equalize": "edgekit.passes.equalize:Equalize",
+    "smooth": "edgekit.passes.smooth:Smooth",
     "quantize": "edgekit.passes.quantize:QuantizeInt8",
     "quantize_weights": "edgekit.passes.quantize_weights:QuantizeWeights",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -134,6 +134,22 @@ def by_input(node: ir.Node, weight: Array, values: Array) -> Array:
     if node.op_type == "Gemm" and G.integer(node, "transB", 0):
         return values[None, :]
     return along(values, weight.ndim, 0)
+
+
+def over_taps(node: ir.Node, weight: Array, channels: int, reduce: Callable[[Array], Array]) -> Array:
+    """A number per (output, input channel) from the weights between them; 0 beyond a convolution's group.
+
+    channels: input channels of the node. reduce: float64 (outputs, inputs, taps) -> (outputs, inputs).
+    """
+    if node.op_type == "Conv":
+        flat = weight.reshape(*weight.shape[:2], -1).astype(np.float64)
+        columns = by_input(node, weight, np.arange(channels)).reshape(flat.shape[:2])
+        out = np.zeros((len(flat), channels))
+        out[np.arange(len(flat))[:, None], columns] = reduce(flat)
+        return out
+    if node.op_type == "ConvTranspose":
+        return reduce(weight.reshape(*weight.shape[:2], -1).swapaxes(0, 1).astype(np.float64))
+    return reduce((weight if output_axis(node) == 0 else weight.T).astype(np.float64)[:, :, None])
 
 
 def _set(node: ir.Node, position: int, change: Any) -> None:

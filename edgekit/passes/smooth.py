@@ -17,11 +17,12 @@ import onnx_ir as ir
 
 from edgekit import model as M
 from edgekit.errors import NoCalibrationDataError
+from edgekit.passes import bounds
 from edgekit.passes import fold_graph as G
 from edgekit.passes.apply_plan import prepared
 from edgekit.passes.calibrate import ChannelRange, channel_ranges
 from edgekit.passes.channels import Channels, End, trace
-from edgekit.passes.rescale import by_input, output_axis, rescaled
+from edgekit.passes.rescale import over_taps, rescaled
 
 if TYPE_CHECKING:
     from edgekit.dataset import Dataset
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 STRENGTHS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-_MOST = 2.0**20  # no factor beyond this or below its inverse: float32 keeps its precision
-_TOUCHES = 0.999  # of a Clip's bound: a channel that comes this near is bounded by it
 
 
 @dataclass(frozen=True)
@@ -58,10 +57,11 @@ class Smooth:
         axes.update({e.node.outputs[0].name or "": _result_axis(e) for e in found.consumers})
         seen = channel_ranges(model, data, axes)
         factors = np.ones(found.count())
-        _even_out(found, factors)
-        _hold(found, seen)
+        bounds.even_out(found, factors)
+        bounds.hold(found, seen)
+        room = bounds.limits(found, seen)
         for members in _sets(found):
-            _choose(found, members, seen, factors, self.strength)
+            _choose(found, members, seen, factors, room, self.strength)
         if bool((factors == 1).all()):
             return {}
         return {e.value.name or "": tuple(factors[found.roots(e.labels)].tolist()) for e in found.ends()}
@@ -69,35 +69,6 @@ class Smooth:
 
 def _result_axis(end: End) -> int:
     return len(end.node.outputs[0].shape or ()) - 1 if end.node.op_type in {"Gemm", "MatMul"} else 1
-
-
-def _even_out(found: Channels, factors: Array) -> None:
-    """Bounds that differ from channel to channel, Min(x, vector), become one: a Clip, which kernels fuse."""
-    for end, position in found.bounds:
-        bound = G.array(end.node.inputs[position])
-        roots = found.roots(end.labels)
-        if bound is None or bound.size != len(roots) or not (bound > 0).all() or not found.free(roots).all():
-            continue
-        wanted = bound.max() / bound.reshape(-1).astype(np.float64)
-        if end.node.op_type == "Min" and len(np.unique(roots)) == len(roots):
-            factors[roots] = wanted
-    for end, _ in found.bounds:  # whatever the bounds are now, they stay
-        for label in end.labels:
-            found.hold(int(label))
-
-
-def _hold(found: Channels, seen: dict[str, ChannelRange]) -> None:
-    """Channels that reach the bound of a Clip keep their scale."""
-    for end in found.clips:
-        bound = _bound(end)
-        top = seen[end.value.name or ""].high
-        for label in end.labels[top >= _TOUCHES * bound]:
-            found.hold(int(label))
-
-
-def _bound(end: End) -> float:
-    array = G.array(end.node.inputs[2])
-    return float("inf") if array is None else float(array.reshape(-1)[0])
 
 
 def _sets(found: Channels) -> list[list[End]]:
@@ -114,7 +85,12 @@ def _sets(found: Channels) -> list[list[End]]:
 
 
 def _choose(
-    found: Channels, members: list[End], seen: dict[str, ChannelRange], factors: Array, strength: float | None
+    found: Channels,
+    members: list[End],
+    seen: dict[str, ChannelRange],
+    factors: Array,
+    room: Array,
+    strength: float | None,
 ) -> None:
     roots = np.unique(np.concatenate([found.roots(e.labels) for e in members]))
     free = found.free(roots)
@@ -124,11 +100,7 @@ def _choose(
     for layer in layers:
         np.maximum.at(spans, layer.index, layer.span / max(layer.span.max(), 1e-30))
         np.maximum.at(weights, layer.index, layer.reach)
-    limits = np.full(len(roots), np.inf)
-    for end in found.clips:
-        at = np.array([position.get(int(r), -1) for r in found.roots(end.labels)])
-        room = _bound(end) / np.maximum(seen[end.value.name or ""].span, 1e-30)
-        np.minimum.at(limits, at[at >= 0], room[at >= 0])
+    limits = room[roots]
     active = free & (spans > 0)
     best, least = np.ones(len(roots)), sum(layer.noise(np.ones(len(roots))) for layer in layers)
     for a in STRENGTHS if strength is None else (strength,):
@@ -150,7 +122,7 @@ def _factors(spans: Array, weights: Array, active: Array, limits: Array, a: floa
         return out
     if not bounded and not (~active & (spans > 0)).any():
         raw = raw / np.exp(np.log(raw).mean())  # ranges stay where they were on the whole
-    out[active] = np.clip(np.minimum(raw, limits[active]), 1 / _MOST, _MOST)
+    out[active] = np.clip(np.minimum(raw, limits[active]), 1 / bounds.MOST, bounds.MOST)
     # powers of two would be exact; float32 rounds each product once, which is as good as nothing
     return out
 
@@ -204,15 +176,6 @@ class _Reader:
 
 def _by_channels(node: ir.Node, weight: Array, channels: int) -> tuple[Array, Array, int]:
     """(Σ w², max |w|) over taps as (outputs, input channels), 0 beyond the group, and the number of taps."""
-    if node.op_type == "Conv":
-        flat = weight.reshape(*weight.shape[:2], -1).astype(np.float64)
-        squares, peaks = np.zeros((len(flat), channels)), np.zeros((len(flat), channels))
-        columns = by_input(node, weight, np.arange(channels)).reshape(flat.shape[:2])
-        rows = np.arange(len(flat))[:, None]
-        squares[rows, columns], peaks[rows, columns] = (flat**2).sum(axis=2), np.abs(flat).max(axis=2)
-        return squares, peaks, flat.shape[2]
-    if node.op_type == "ConvTranspose":
-        flat = weight.reshape(*weight.shape[:2], -1).swapaxes(0, 1).astype(np.float64)
-        return (flat**2).sum(axis=2), np.abs(flat).max(axis=2), flat.shape[2]
-    flat = (weight if output_axis(node) == 0 else weight.T).astype(np.float64)
-    return flat**2, np.abs(flat), 1
+    taps = int(np.prod(weight.shape[2:], dtype=np.int64))
+    squares = over_taps(node, weight, channels, lambda w: (w**2).sum(axis=2))
+    return squares, over_taps(node, weight, channels, lambda w: np.abs(w).max(axis=2)), taps
