@@ -124,3 +124,21 @@ def test_the_table_the_module_and_its_runner_agree(backend_name: str) -> None:
     if backend.missing() is None:
         assert backend.version()[0].isdigit()
         assert backend.saturates() in (True, False)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn_nchw", "mobile_nhwc", "generator"])
+@pytest.mark.parametrize("backend_name", [b for b in backends.BACKENDS if "int8" in backends.get(b).PRECISIONS])
+def test_a_layer_left_in_float_computes_in_float(backend_name: str, name: str, tmp_path: Path) -> None:
+    """Between integers, where a runtime may be tempted to quantize its weights by itself."""
+    backend = installed(backend_name)
+    model = Fold()(MODELS[name](), None)
+    layers = [n for n in model.graph if n.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")]
+    data = dataset(model, tmp_path)
+    for layer in layers:
+        quantized = QuantizeInt8(weight_bits=7, keep_float=(layer.name,), rounding="nearest", smooth="off")(model, data)
+        folder = tmp_path / str(layer.name).replace("/", "_")
+        folder.mkdir()
+        backend.lower(quantized, "int8", folder)
+        record = verify.quantized(backend, folder, quantized, data)
+        assert record["ok"], record
+        assert record["per_op_max_lsb"] is None or record["per_op_max_lsb"] <= 1

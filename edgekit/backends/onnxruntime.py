@@ -115,7 +115,29 @@ def lower(model: ir.Model, precision: str, folder: Path, about: About | None = N
         model = ort_weights.dynamic(model)
     elif precision in ("int8-weights", "int4-weights"):
         model = ort_weights.weight_only(model)
-    if precision == "int8" and platform.machine() in _X86:
-        model = with_uint8_activations(model)
+    if precision == "int8":
+        model = with_uint8_activations(model) if platform.machine() in _X86 else M.clone(model)
+        _shield_float_layers(model)
     M.save(model, folder / "model.onnx")
     return []
+
+
+def _shield_float_layers(model: ir.Model) -> None:
+    """Keep layers that the plan left in float in float; in place.
+
+    Between a DequantizeLinear and a QuantizeLinear ONNX Runtime quantizes a layer's float weights by itself, to the
+    nearest of one scale per tensor (WeightBiasQuantization, microsoft/onnxruntime#22969): 11 LSB off on ResNet8. A Sum
+    of one operand in between costs a copy and hides the pattern.
+    """
+    for node in list(model.graph):
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or M.constant(node.inputs[1]) is None:
+            continue
+        value = node.inputs[0]
+        producer = value.producer() if value is not None else None
+        if value is None or producer is None or producer.op_type != "DequantizeLinear":
+            continue
+        copy = ir.node("Sum", [value], name=f"{node.name}/float")
+        output = copy.outputs[0]
+        output.name, output.type, output.shape = f"{node.name}/float", value.type, value.shape
+        model.graph.insert_before(node, copy)
+        node.replace_input_with(0, output)

@@ -20,6 +20,8 @@ from edgekit.backends.encoding import with_uint8_activations
 from edgekit.backends.saturation import PAIRS, SATURATED_BELOW, probe_operands
 from edgekit.backends.whole_groups import with_whole_groups
 from edgekit.errors import DiskError, UnsupportedOpError
+from edgekit.passes import fold_graph as G
+from edgekit.passes.decide import clip_bounds
 from edgekit.passes.quantize_weights import QuantizeWeights
 from edgekit.passes.roundings import PRODUCTS, idle
 
@@ -142,6 +144,7 @@ def lower(model: ir.Model, precision: str, folder: Path, about: About | None = N
     core = ov.Core()
     if precision == "int8":
         model = with_uint8_activations(model)
+        _keep_bounds(model)
     compressed = weight_pass(precision) is not None
     read, notes = _read(core, with_whole_groups(model) if compressed else model)
     _simplify(read)
@@ -154,6 +157,28 @@ def lower(model: ir.Model, precision: str, folder: Path, about: About | None = N
             raise
         raise DiskError(f"OpenVINO cannot write into '{folder}'", "free some space or choose another --out") from error
     return notes
+
+
+def _keep_bounds(model: ir.Model) -> None:
+    """A Relu6 of dequantized values that float operators read becomes Relu and Min; in place.
+
+    OpenVINO moves a Clamp before the dequantization and rounds its bounds to integers there: 6 became 6.03 of a tensor
+    in steps of 0.073, and the depthwise convolution behind it was 2 LSB off. (Of Max and Min it makes a Clamp again.)
+    """
+    for node in [n for n in model.graph if n.op_type == "Clip"]:
+        value = node.inputs[0]
+        producer = value.producer() if value is not None else None
+        quantizes = all(user.op_type == "QuantizeLinear" for user, _ in node.outputs[0].uses())
+        if value is None or producer is None or producer.op_type != "DequantizeLinear" or quantizes:
+            continue
+        bounds = clip_bounds(node)
+        if bounds is None or bounds[0] != 0.0 or np.isinf(bounds[1]):
+            continue
+        positive = ir.node("Relu", [value], name=f"{node.name}/low")
+        output = positive.outputs[0]
+        output.name, output.type, output.shape = f"{node.name}/low", value.type, value.shape
+        model.graph.insert_before(node, positive)
+        G.become(node, "Min", [output, node.inputs[2]])
 
 
 def _read(core: Any, model: ir.Model) -> tuple[Any, list[str]]:
