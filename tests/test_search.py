@@ -222,7 +222,7 @@ class Generated(Samples):
     """Samples made when they are asked for: no array of all of them exists."""
 
     def __init__(self, count: int) -> None:
-        super().__init__({"x": np.empty((0, 32), F)})
+        super().__init__({"x": np.empty((0, 64), F)})
         self.count = count
         self.largest = 0
 
@@ -234,14 +234,14 @@ class Generated(Samples):
         for i in range(0, self.count, size):
             rows = min(size, self.count - i)
             self.largest = max(self.largest, rows)
-            yield Batch({"x": normal(rows, 32, seed=i)}, None, np.arange(i, i + rows))
+            yield Batch({"x": normal(rows, 64, seed=i)}, None, np.arange(i, i + rows))
 
 
 def test_memory_does_not_grow_with_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond what reconstruction may hold at once, which is set to some hundred samples here."""
-    monkeypatch.setattr(reconstruct, "LIVE_BYTES", 3 * 100 * 4 * 32 * 2)
+    monkeypatch.setattr(reconstruct, "LIVE_BYTES", 3 * 100 * 4 * 64 * 2)
     nodes = [node("Gemm", ["x", "w"], ["h"], name="one"), node("Gemm", ["h", "v"], ["y"], name="two")]
-    model = graph(nodes, {"x": ["n", 32]}, {"y": ["n", 4]}, {"w": normal(32, 8), "v": normal(8, 4)})
+    model = graph(nodes, {"x": ["n", 64]}, {"y": ["n", 4]}, {"w": normal(64, 8), "v": normal(8, 4)})
 
     def peak(count: int) -> int:
         data = Generated(count)
@@ -253,8 +253,8 @@ def test_memory_does_not_grow_with_the_samples(monkeypatch: pytest.MonkeyPatch) 
         return top
 
     peak(40)
-    # 1800 samples more are 230 kB
-    assert peak(2400) <= peak(600) + 80_000
+    # 1800 samples more are 461 kB; a number for each, as drawing the held-back ones takes, is 14 kB
+    assert peak(2400) <= peak(600) + 200_000
 
 
 @given(networks(6))
