@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -190,3 +191,19 @@ def test_slices_that_make_up_the_whole_are_one_split_where_the_batch_is_open(bat
         net = model(parts)
         assert (operators(net) == ["SPLIT"]) == (whole and batch == "n"), parts
         assert difference(litert(net, given), onnxruntime(net, given)) == 0
+
+
+def test_a_session_that_ran_one_sample_is_right_for_many(tmp_path: Path) -> None:
+    """XNNPACK keeps sizes of before when an interpreter is resized: each shape gets an interpreter of its own."""
+    from edgekit.backends.runners.tflite import open_session
+
+    model = Fold()(attention(), None)
+    data = random_dataset(M.signature(model), 64, 0)
+    graph = lower(QuantizeInt8(rounding="nearest")(model, data)).graph
+    (tmp_path / "model.tflite").write_bytes(write([graph], "attention"))
+    (batch,) = data.batches(64)
+    grown, whole = open_session(str(tmp_path), 1), open_session(str(tmp_path), 1)
+    single = [grown.run({k: v[i : i + 1] for k, v in batch.inputs.items()}) for i in range(64)]
+    for name, value in grown.run(batch.inputs).items():
+        np.testing.assert_array_equal(value, whole.run(batch.inputs)[name])
+        np.testing.assert_array_equal(value, np.concatenate([s[name] for s in single]))

@@ -46,20 +46,25 @@ class Session:
             raise ValueError(f"no kernels '{kernels}'; there are {', '.join(KERNELS)}")
         path = os.path.join(folder, MODEL_FILE) if os.path.isdir(folder) else folder  # a published file stands alone
         with open(path, "rb") as file:
-            content = file.read()
-        resolver = getattr(litert.OpResolverType, KERNELS[kernels])
-        self._interpreter = litert.Interpreter(
-            model_content=content, num_threads=threads, experimental_op_resolver_type=resolver
-        )
+            self._content = file.read()
+        self._threads, self._resolver = threads, getattr(litert.OpResolverType, KERNELS[kernels])
+        self._interpreter = self._fresh()
         self._inputs, self._outputs = _named(self._interpreter)
         self.inputs, self.outputs = list(self._inputs), list(self._outputs)
         self._open = {n for n, d in self._inputs.items() if -1 in list(d["shape_signature"])}
-        self._shapes = {n: tuple(int(v) for v in d["shape"]) for n, d in self._inputs.items()}
+        self._written = {n: tuple(int(v) for v in d["shape"]) for n, d in self._inputs.items()}
+        self._shapes = dict(self._written)  # of the interpreter now
         self._interpreter.allocate_tensors()
+        self._allocated = True
         self._profiled: Profiled | None = None
         if profile:
             # Its own copy of the model: LiteRT's Interpreter hands out no times, its compiled model does.
             self._profiled = Profiled(path, threads, kernels)
+
+    def _fresh(self) -> Any:
+        return litert.Interpreter(
+            model_content=self._content, num_threads=self._threads, experimental_op_resolver_type=self._resolver
+        )
 
     def run(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> Tensors:
         """Any number of samples; a file for a fixed batch gets them in turn."""
@@ -101,12 +106,19 @@ class Session:
     def _set(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> None:
         shapes = {n: tuple(np.shape(inputs[n])) for n in self.inputs}
         if shapes != self._shapes:
+            if self._allocated:
+                # XNNPACK (LiteRT 2.3) keeps sizes from before: a small ViT in int8 that was allocated for one sample
+                # and then resized to 64 gave 48 of them wrong.
+                self._interpreter, self._allocated = self._fresh(), False
+                self._shapes = dict(self._written)
             before, self._shapes = self._shapes, {}  # nothing is known of them if this fails
             for name, detail in self._inputs.items():
                 if shapes[name] != before.get(name):
                     self._interpreter.resize_tensor_input(detail["index"], shapes[name], strict=name in self._open)
-            self._interpreter.allocate_tensors()
             self._shapes = shapes
+        if not self._allocated:
+            self._interpreter.allocate_tensors()
+            self._allocated = True
         for name, detail in self._inputs.items():
             self._interpreter.set_tensor(detail["index"], _stored(inputs[name], detail))
 
