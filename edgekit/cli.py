@@ -19,6 +19,7 @@ from edgekit.errors import EdgekitError, RegressionError
 
 if TYPE_CHECKING:
     from edgekit.preprocessing import Preprocessing
+    from edgekit.target import CandidateSpec
 
 INTERRUPTED = 130
 BUG = 3
@@ -371,8 +372,15 @@ def targets(targets_dir: Path | None, as_json: bool) -> None:
         ]
         return _emit({"schema": 1, "targets": rows})
     for t in known:
-        names = [c.id + (f" (with --precision {c.precision})" if c.on_request else "") for c in t.candidates]
+        names = [c.id + _made_when(c) for c in t.candidates]
         click.echo(f"{t.name:<14} {t.description}\n{'':<14} " + ", ".join(names))
+
+
+def _made_when(candidate: CandidateSpec) -> str:
+    """What a candidate that is not always made waits for."""
+    if candidate.on_request:
+        return f" (with --precision {candidate.precision})"
+    return " (of transformers and recurrent models)" if candidate.for_models == "products" else ""
 
 
 @main.command()

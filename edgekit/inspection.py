@@ -247,6 +247,17 @@ _MACS: Mapping[str, Callable[[onnx.NodeProto, Mapping[str, Shape]], int]] = {
 }
 
 
+def product_macs(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Of all multiply-accumulates the share of matrix products and recurrent layers; None where some are unknown.
+
+    rows: "layers" of `inspect`.
+    """
+    if any(row["macs"] is None for row in rows):
+        return None
+    products = sum(int(row["macs"]) for row in rows if not row["op"].startswith("Conv"))
+    return products / max(1, sum(int(row["macs"]) for row in rows))
+
+
 # --- activation memory --------------------------------------------------------------------------------
 
 

@@ -176,10 +176,36 @@ class Conversion:
         quantizing.write(self.root, plan, model)
         return quantizing.applied(model, plan), {**record, "calibration": self._calibration_record()}
 
-    def weighed(self, step: QuantizeWeights) -> tuple[ir.Model, dict[str, Any], str]:
-        """(model with quantized weights, {"weights", "calibration" if data were read}, key)."""
-        model, _, parent = self.folded
+    def weighed(
+        self, step: QuantizeWeights, backend: backends.Backend, precision: str
+    ) -> tuple[ir.Model, dict[str, Any], str]:
+        """(model with quantized weights, {"weights", "calibration" if there are data}, key).
+
+        Of the model as it is, equalized, or smoothed where activations are rounded: which leaves the smallest error.
+        """
+        from edgekit import weighing
+
         step = replace(step, keep_float=self.keep_float, seed=self.seed)
+        known = self.dataset is not None or self.random_calibration
+        plain, told, parent = self._weighed_plain(step)
+        rounds = backend.rounds_activations(plain, precision)
+        ways = weighing.starts(rounds=rounds, data=known)
+        identity = {"step": "choose weights", "parent": parent, "ways": repr(ways), "rounds": rounds}
+
+        def make() -> tuple[ir.Model, dict[str, Any]]:
+            data = self.calibration_set if known else None
+            start = plain, told["layers"]
+            model, weights = weighing.chosen(
+                self.folded[0], start, step, ways, data, self.calibration_set, rounds=rounds
+            )
+            record = {"weights": weights, "told": _wider(weights["layers"])}
+            return model, {**record, "calibration": self._calibration_record()} if known else record
+
+        return self._stage(f"try weights of {step.bits} bits", identity, make)
+
+    def _weighed_plain(self, step: QuantizeWeights) -> tuple[ir.Model, dict[str, Any], str]:
+        """(the model as it is with quantized weights, {"layers"}, key)."""
+        model, _, parent = self.folded
         identity = {"step": "quantize weights", "parent": parent, "pass": repr(step), "data": self._data_digest()}
 
         def make() -> tuple[ir.Model, dict[str, Any]]:
@@ -189,18 +215,31 @@ class Conversion:
                 raise UnsupportedOpError(
                     f"no weights of this model can have {step.bits} bits", "leave this precision out"
                 )
-            record: dict[str, Any] = {"weights": {"weight_bits": step.bits, "layers": told}, "told": _wider(told)}
-            if any(layer["rounding"] == "reconstruct" for layer in told.values()):
-                record["calibration"] = self._calibration_record()
-            return made, record
+            return made, {"layers": told}
 
         return self._stage(f"quantize weights to {step.bits} bits", identity, make)
 
     def suits(self, spec: CandidateSpec) -> bool:
-        """Whether a candidate is made of this model without being asked for."""
+        """Whether a candidate is made of this model without being asked for.
+
+        A model of products has most of its weights and most of its arithmetic there: of a CNN with one large dense
+        layer only the first is true.
+        """
+        if spec.for_models == "all":
+            return True
+        from edgekit.inspection import product_macs
         from edgekit.passes.quantize_weights import product_share
 
-        return spec.for_models == "all" or product_share(self.folded[0]) > 0.5
+        if product_share(self.folded[0]) <= 0.5:
+            return False
+        macs = product_macs(self._inspected["layers"])
+        return macs is None or macs > 0.5
+
+    @cached_property
+    def _inspected(self) -> dict[str, Any]:
+        from edgekit.inspection import inspect
+
+        return inspect(self.folded[0], backends_too=False)
 
     # --- artifacts ---------------------------------------------------------------------------------
     def candidate(self, target: Target, spec: CandidateSpec, weight_bits: int) -> dict[str, Any]:
@@ -215,7 +254,7 @@ class Conversion:
             if self.io == "float32":
                 model = leave_out(model, backend.unneeded(model))
         elif (step := backend.weight_pass(spec.precision)) is not None:
-            model, record, parent = self.weighed(step)
+            model, record, parent = self.weighed(step, backend, spec.precision)
         else:
             model, record, parent = self.folded
         identity = artifact.digest_json(
@@ -291,9 +330,7 @@ class Conversion:
     @cached_property
     def _verify_samples(self) -> int:
         """As many as keep the reference's exact arithmetic to a minute: fewer for a model with more to multiply."""
-        from edgekit.inspection import inspect
-
-        macs = inspect(self.folded[0], backends_too=False)["macs"] or VERIFY_MACS // VERIFY_LEAST
+        macs = self._inspected["macs"] or VERIFY_MACS // VERIFY_LEAST
         return max(VERIFY_LEAST, min(VERIFY_SAMPLES, VERIFY_MACS // max(1, macs)))
 
     def _manifest(

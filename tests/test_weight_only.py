@@ -14,13 +14,14 @@ import onnx_ir as ir
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from edgekit import artifact, backends, pipeline, verify
+from edgekit import artifact, backends, pipeline, verify, weighing
 from edgekit import model as M
 from edgekit.backends import ort_weights
 from edgekit.backends.whole_groups import with_whole_groups
 from edgekit.errors import TargetFileError, UnsupportedOpError
+from edgekit.inspection import inspect, product_macs
 from edgekit.passes.fold import Fold
-from edgekit.passes.quantize_weights import QuantizeWeights
+from edgekit.passes.quantize_weights import QuantizeWeights, product_share
 from edgekit.target import load_target, read_target
 
 from .models import MODELS
@@ -291,6 +292,103 @@ def test_made_unasked_only_of_models_of_products(here: Path) -> None:
     assert set(converted(here, "cnn_nchw")) == {"onnxruntime-float32"}
     asked = converted(here, "cnn_nchw", precisions=["int8-dynamic"])
     assert asked["onnxruntime-int8-dynamic"]["status"] == "not run"
+
+
+def series() -> ir.Model:
+    """Convolutions over 200 steps, then a dense layer that has most of the weights and the least of the arithmetic."""
+    return build(
+        """series (float[batch,4,200] x) => (float[batch,6] y) {
+          a = Conv<pads=[2,2]>(x, w0, b0)  r = Relu(a)  c = Conv<pads=[2,2]>(r, w1)  s = Relu(c)  f = Flatten(s)
+          y = Gemm(f, w2) }""",
+        w0=normal(16, 4, 5), b0=normal(16, seed=1), w1=normal(16, 16, 5, seed=2), w2=normal(3200, 6, seed=3),
+    )  # fmt: skip
+
+
+def spread_out() -> ir.Model:
+    """The same function as `wide`, the channels between its layers three decades apart."""
+    model = wide()
+    factors = np.geomspace(1, 1e3, 120, dtype=np.float32)
+    for name, by in (("w0", factors), ("b0", factors), ("w1", 1 / factors[:, None])):
+        value = model.graph.initializers[name]
+        array = M.constant(value)
+        assert array is not None
+        value.const_value = ir.tensor(array * by, name=name)
+    return model
+
+
+CASES |= {"series": series, "spread_out": spread_out}
+
+
+def test_a_cnn_with_one_large_dense_layer_is_no_model_of_products(here: Path) -> None:
+    assert product_share(series()) > 0.9
+    assert product_macs(inspect(series(), backends_too=False)["layers"]) == pytest.approx(19200 / 339200)
+    assert set(converted(here, "series")) == {"onnxruntime-float32"}
+    asked = converted(here, "series", precisions=["int8-dynamic"])
+    assert asked["onnxruntime-int8-dynamic"]["status"] == "made"
+
+
+def test_recurrent_layers_count_as_products() -> None:
+    assert product_macs(inspect(CASES["gated"](), backends_too=False)["layers"]) == 1
+    assert product_macs([{"op": "Conv", "macs": None}]) is None
+
+
+@pytest.mark.parametrize("with_data", [True, False])
+@pytest.mark.parametrize("precision", ["int8-dynamic", "int4-weights"])
+def test_channels_far_apart_are_brought_together_first(precision: str, with_data: bool, here: Path) -> None:
+    """What it costs is told against the original, and is what the same layers cost with even channels."""
+    data = {"data": here / "d.npz"} if with_data else {}
+    lost = {}
+    for name in ("wide", "spread_out"):
+        row = converted(here, name, precisions=[precision], **data)[f"onnxruntime-{precision}"]
+        manifest = artifact.read_manifest(Path(row["path"]))
+        lost[name] = (manifest.parity or {})["from_original"]["sqnr_db"]
+    weights: Any = manifest.quantization
+    assert weights["equalized"] or weights["smoothed"]
+    assert set(weights["sqnr_db"]) == {"as it is", "equalized", *(["smoothed"] if with_data else [])}
+    assert max(weights["sqnr_db"].values()) > weights["sqnr_db"]["as it is"] + 6
+    assert lost["spread_out"] > lost["wide"] - 3
+    assert (manifest.calibration is not None) == with_data
+
+
+def test_nothing_to_even_out_is_nothing_tried(here: Path) -> None:
+    row = converted(here, "deep", precisions=["int4-weights"])["onnxruntime-int4-weights"]
+    weights = artifact.read_manifest(Path(row["path"])).quantization or {}
+    assert not weights["equalized"]
+    assert not weights["smoothed"]
+    assert weights["sqnr_db"] == {}
+
+
+def deep() -> ir.Model:
+    """Layers that a Tanh parts: no factor crosses it."""
+    return build(
+        "deep (float[batch,64] x) => (float[batch,40] y) { a = Gemm(x, w0)  t = Tanh(a)  y = MatMul(t, w1) }",
+        w0=normal(64, 40) / 8, w1=normal(40, 40, seed=1),
+    )  # fmt: skip
+
+
+CASES["deep"] = deep
+
+
+def test_products_as_they_run_round_what_they_read() -> None:
+    model = QuantizeWeights(least=1)(tied_products(), None)
+    ran = weighing.as_it_runs(model)
+    onnx.checker.check_model(M.to_proto(ran), full_check=True)
+    assert [n.op_type for n in ran.graph].count("DynamicQuantizeLinear") == 1
+    x = normal(5, 16, seed=3)
+    step = (max(x.max(), 0) - min(x.min(), 0)) / np.float32(255)
+    zero = np.clip(np.rint(-min(x.min(), 0) / step), 0, 255)
+    rounded = (np.clip(np.rint(x / step) + zero, 0, 255) - zero) * step
+    wanted = M.FloatSession(model, optimize=False).run({"x": rounded.astype(np.float32)})
+    got = M.FloatSession(ran, optimize=False).run({"x": x})
+    for name, value in wanted.items():
+        np.testing.assert_allclose(got[name], value, atol=1e-4)
+
+
+def tied_products() -> ir.Model:
+    return build(
+        "two (float[n,16] x) => (float[n,8] y, float[n,4] z) { y = MatMul(x, w)  z = Gemm(x, v) }",
+        w=normal(16, 8), v=normal(16, 4, seed=1),
+    )  # fmt: skip
 
 
 def test_too_few_weights_are_said(here: Path) -> None:
