@@ -50,11 +50,19 @@ def plan(
     else:
         chosen, kept = protect(step, model, samples.calibration, samples.rest, budget, progress, with_uint8_activations)
         told, notes = {"budget": kept.to_json()}, [kept.words()]
+    notes += _without_effect(step, chosen)
     if samples.calibration.samples < SENSIBLE:
         count = samples.calibration.samples
         notes.append(f"calibrated on {count} sample{'s' * (count != 1)} only: give {SENSIBLE} or more, better 256")
     found = blame(model, chosen, samples.calibration, progress)
     return chosen, {"plan": {**chosen.record(), "blame": [row.to_json() for row in found], **told}, "told": notes}
+
+
+def _without_effect(step: QuantizeInt8, chosen: QuantizationPlan) -> list[str]:
+    """Overridden tensors that got no such range: they are not quantized, or the scheme fixes their scale."""
+    idle = [n for n, _ in step.tensors if n not in chosen.activations or chosen.activations[n].method == "fixed"]
+    told = ", ".join(f"'{n}'" for n in idle[:4]) + (f" and {len(idle) - 4} more" if len(idle) > 4 else "")
+    return [f"overrides without effect, on tensors that get no range of their own: {told}"] if idle else []
 
 
 def repeated(model: ir.Model, given: QuantizationPlan) -> tuple[ir.Model, dict[str, Any]]:
