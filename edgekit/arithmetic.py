@@ -95,6 +95,11 @@ class Distances:
         drop = float(np.mean(right["float"]) - np.mean(right[name])) if right[name] else None
         return {**distance.figures(), "accuracy_drop": drop}
 
+    def lost_db(self) -> float | None:
+        """How much nearer to the float model the reference is than the artifact; None without an error to compare."""
+        exact, here = self.reference.sqnr_db(), self.here.sqnr_db()
+        return None if exact is None or here is None else exact - here
+
     def classes(self, backend: Backend, *, saturates: bool, safe: bool) -> list[dict[str, Any]]:
         """One row per class: "cpu", "how", "label_agreement", "sqnr_db", "accuracy_drop"; None where nobody could tell.
 

@@ -34,6 +34,9 @@ FLOAT_MIN_AGREEMENT = 0.97
 MAX_LSB = {"int8": 1, "int8x16": 32}
 MIN_LABEL_AGREEMENT = 0.95  # a flipped LSB cascades, for every runtime; below this something else is wrong, unless
 MIN_SQNR_DB = 20.0  # the outputs differ by less than 1 % in power: near ties, or values that are no class scores
+# of SQNR against the float model, that an artifact may lose to its own integers in exact arithmetic: flipped LSBs cost
+# tenths, the wrong rows of a LiteRT bug 25, saturation 10 to 40
+MAX_LOST_DB, TOLD_LOST_DB = 10.0, 2.0
 BATCH = 32
 
 
@@ -220,6 +223,10 @@ def quantized(
         record = parity.check(model, run, end_to_end, batches(data, model), elsewhere, observe)
     out: dict[str, Any] = {"kind": precision, **record.to_json(), **_explained(backend, model, data, labels)}
     reasons = _reasons(out, precision, end_to_end=not unproved)
+    lost = None if near is None or elsewhere_only else near.lost_db()
+    out["lost_here_db"] = lost
+    if lost is not None and lost > MAX_LOST_DB:
+        reasons.append(f"it is {lost:.0f} dB further from the float model than its integers are in exact arithmetic")
     if reasons and not exact_device and _may_saturate(backend, model):
         reasons.append("8-bit weights saturate in this CPU's kernels: leave out --weight-bits 8")
     # what the proof holds for: the same file may compute something else where kernels saturate
