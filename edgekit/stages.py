@@ -198,7 +198,7 @@ class Conversion:
             model, weights = weighing.chosen(
                 self.folded[0], start, step, ways, data, self.calibration_set, rounds=rounds
             )
-            record = {"weights": weights, "told": _wider(weights["layers"])}
+            record = {"weights": weights, "told": [*_wider(weights["layers"]), *weighing.told(weights)]}
             return model, {**record, "calibration": self._calibration_record()} if known else record
 
         return self._stage(f"try weights of {step.bits} bits", identity, make)

@@ -50,7 +50,7 @@ def chosen(
     """(the model with quantized weights, its record: what it was made from, what each way leaves, each weight).
 
     plain: `model` with quantized weights, and what was done to each. ways: what else to begin with. data: the user's.
-    samples: to judge on, those or made up ones; where there are enough, by some that no weight was fitted on.
+    samples: to judge on, those or made up ones; where weights are fitted to them, those that they are not fitted to.
     """
     made = {PLAIN: plain}
     for name, way in ways.items():
@@ -59,7 +59,9 @@ def chosen(
             made[name] = _quantized(start, step, data)
     best, figures = PLAIN, {}
     if len(made) > 1:
-        judging = judge.Judge(model, samples, held_back(samples.samples, step.seed), step.batch_size)
+        fitted = any(row["rounding"] == "reconstruct" for _, layers in made.values() for row in layers.values())
+        held = held_back(samples.samples, step.seed) if fitted else frozenset()
+        judging = judge.Judge(model, samples, held, step.batch_size)
         scores = {name: judging.score(as_it_runs(m) if rounds else m) for name, (m, _) in made.items()}
         figures = {name: score.sqnr_db for name, score in scores.items()}
         # a label or two of a few samples says less than the error that they all have
@@ -72,6 +74,15 @@ def chosen(
         "sqnr_db": figures,
         "layers": layers,
     }
+
+
+def told(weights: Mapping[str, Any]) -> list[str]:
+    """What a user should know of it: why this artifact is nearer to the model than its bits would have it."""
+    first = next((name for name in (EQUALIZED, SMOOTHED) if weights[name]), None)
+    if first is None:
+        return []
+    figures = weights["sqnr_db"]
+    return [f"{first} before its weights were rounded: {figures[first]:.1f} dB, as it is {figures[PLAIN]:.1f} dB"]
 
 
 def _begun(model: ir.Model, way: Pass, data: Dataset | None) -> ir.Model | None:

@@ -348,6 +348,7 @@ def test_channels_far_apart_are_brought_together_first(precision: str, with_data
     assert max(weights["sqnr_db"].values()) > weights["sqnr_db"]["as it is"] + 6
     assert lost["spread_out"] > lost["wide"] - 3
     assert (manifest.calibration is not None) == with_data
+    assert any("before its weights were rounded" in note for note in manifest.notes)
 
 
 def test_nothing_to_even_out_is_nothing_tried(here: Path) -> None:
