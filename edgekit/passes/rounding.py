@@ -15,6 +15,7 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 SWEEPS = 3  # of coordinate descent; further ones change next to nothing (benchmarks/rounding.py)
+FEW = 32  # inputs up to which descent from the nearest integers is tried too; with more, feedback ends better
 DAMPING = 0.01  # of the Gram matrix' mean diagonal; GPTQ's own default
 _BLOCK = 128  # rows whose effect on the rest is added at once
 
@@ -31,7 +32,7 @@ def round_weights(weight: Array, gram: Array, scales: Array, limit: Limit) -> Ar
     weight, scales = weight.astype(np.float64), np.broadcast_to(scales, weight.shape).astype(np.float64)
     gram = damped(gram)
     nearest = np.clip(np.rint(weight / scales), *_bounds(limit, weight))
-    best = descend(nearest, weight, gram, scales, limit)
+    best = descend(nearest, weight, gram, scales, limit) if weight.shape[1] <= FEW else nearest
     other = descend(feedback(weight, gram, scales, limit), weight, gram, scales, limit)
     better = error(other, weight, gram, scales) < error(best, weight, gram, scales)
     return np.where(better[:, None, :], other, best)
