@@ -2,8 +2,8 @@
 
     EDGEKIT_ZOO=path/to/zoo python benchmarks/rounding.py [MODEL.onnx]
 
-Each layer of the model as reconstruction meets it, 7-bit weights, 256 samples. Run on the MLP (784 to 256 to 128 to 10),
-a ResNet8 and a small ViT: descent from the nearest integers leaves 0.20 to 0.57 of the error, feedback 0.04 to 0.52,
+Each layer of the model as reconstruction meets it, 7-bit weights, 256 samples. Run on the MLP (784, 256, 128, 10), a
+ResNet8 and a small ViT: descent from the nearest integers leaves 0.20 to 0.57 of the error, feedback 0.04 to 0.52,
 descent behind feedback 0.04 to 0.51, each layer less than descent alone; only with 16 to 32 inputs, where all leave 0.7
 to 0.8, descent alone is at times as good. One sweep of descent does two thirds of what three do.
 """

@@ -32,7 +32,7 @@ _EXTRAS = {
 }
 # Import names, where they are not the distribution's.
 _MODULES = {"pillow": "PIL"}  # distribution -> module, where that is not the name with underscores
-_CORE = ("click", "rich", "numpy", "onnx", "onnx-ir", "onnxruntime")
+_CORE = ("click", "rich", "numpy", "onnx", "onnx-ir", "onnxruntime", "threadpoolctl")
 _KERAS_PYTHON = "EDGEKIT_KERAS_PYTHON"
 _PROBE_TIMEOUT_S = 60.0
 

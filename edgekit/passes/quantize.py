@@ -14,6 +14,7 @@ from edgekit import model as M
 from edgekit.errors import NoCalibrationDataError, UnsupportedOpError
 from edgekit.passes import draft, judge, ranges
 from edgekit.passes.apply_plan import apply_plan, folded, prepared
+from edgekit.passes.blas import single_threaded
 from edgekit.passes.calibrate import Observed, bounded, check_finite, fill_histograms, held_back, observe
 from edgekit.passes.decide import Decision, candidate_values, decide, weight_axis, weight_of
 from edgekit.passes.plan import Activation, Bits, Method, QuantizationPlan, Weight
@@ -125,6 +126,7 @@ class Search:
         self.start = time.monotonic()
         self.judge = judge.Judge(model, data, self.held, step.batch_size)
 
+    @single_threaded
     def run(self) -> QuantizationPlan:
         trials: dict[str, tuple[_Variant, Method | Mapping[str, Method], str]] = {}
 
@@ -167,6 +169,7 @@ class Search:
         plan = self._finished(*self.chosen, everything=True)
         return replace(plan, scores={name: score.figures() for name, score in self.scores.items()})
 
+    @single_threaded
     def again(self, keep_float: Sequence[str]) -> QuantizationPlan:
         """The plan of the last run with other nodes in float; what was observed is not observed again."""
         variant, method, finish = self.chosen

@@ -3,13 +3,13 @@
 Matrix products get a scale per group of inputs at 4 bits and per output channel at 8, and where there are calibration
 data they are rounded so that the layer's output moves least (Frantar et al. 2023, GPTQ; see `rounding`): the Gram
 matrix of what each layer reads is summed up while the data stream by. Kernels of convolutions, recurrent weights and
-tables that rows are gathered from get 8 bits per channel.
+tables that rows are gathered from get 8 bits per channel; kernels are fitted to data only where that is asked for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +20,9 @@ import onnx_ir as ir
 from edgekit import model as M
 from edgekit.errors import UnsupportedOpError
 from edgekit.passes import fold_graph as G
+from edgekit.passes import regression
 from edgekit.passes.apply_plan import prepared
+from edgekit.passes.blas import single_threaded
 from edgekit.passes.calibrate import fetched, held_back
 from edgekit.passes.draft import check_weights
 from edgekit.passes.rounding import damped, error, round_weights
@@ -44,8 +46,9 @@ class QuantizeWeights:
     """Weights of `bits` bits: 8; 7 for a CPU whose u8 x s8 kernels saturate; or 4 in groups of `group_size` inputs.
 
     symmetric: whether 4-bit groups do without a zero point; "auto" decides each layer by the error.
-    rounding: "nearest"; "reconstruct" by the Gram matrix of the layer's inputs, if there are data; "auto": that at 4
-    bits. keep_float: names of nodes to leave alone. least: elements that a weight must have.
+    rounding: "nearest"; "reconstruct" by the Gram matrix of the layer's inputs, if there are data, of products and
+    convolutions; "auto": that at 4 bits, of products. keep_float: names of nodes to leave alone. least: elements that a
+    weight must have.
     """
 
     bits: Literal[4, 7, 8] = 8
@@ -61,6 +64,7 @@ class QuantizeWeights:
         """The model with quantized weights; `model` is not edited. See `quantized` for errors."""
         return self.quantized(model, data)[0]
 
+    @single_threaded
     def quantized(self, model: ir.Model, data: Dataset | None) -> tuple[ir.Model, dict[str, dict[str, Any]]]:
         """(the model, what was done to each weight: bits, group, zero points, rounding, error, operators).
 
@@ -97,30 +101,32 @@ class QuantizeWeights:
             return
         data = data.bind(M.signature(model))
         source = M.clone(model)  # the float model, which stays as it is while weights are written
-        waiting = [w for w in weights if w.kind == "product"]
-        yield from ((w, None) for w in weights if w.kind != "product")
+        kernels = self.rounding == "reconstruct"
+        waiting = [w for w in weights if w.kind == "product" or (kernels and w.convolves())]
+        fitted = {id(w) for w in waiting}
+        yield from ((w, None) for w in weights if id(w) not in fitted)
         while waiting:
             room = _GRAM_BYTES
             now: list[_Weight] = []
             while waiting and (not now or room > 0):
                 now.append(waiting.pop(0))
-                room -= 2 * 8 * len(now[-1].matrix) ** 2
-            inputs = {v: len(w.matrix) for w in now for v in w.inputs()}
-            grams = _grams(source, data, inputs, self.batch_size, self.seed)
+                room -= 2 * 8 * now[-1].groups() * len(now[-1].matrix) ** 2
+            grams = _grams(source, data, now, self.batch_size, self.seed)
             for weight in now:
-                fit, judge = (sum(grams[v][i] for v in weight.inputs()) for i in (0, 1))
+                fit, judge = (sum(grams[weight.rows_of(node)][i] for node, _ in weight.readers) for i in (0, 1))
                 yield weight, (fit, judge if np.any(judge) else fit)  # type: ignore[misc]
 
     def _solve(self, weight: _Weight, grams: tuple[Array, Array] | None) -> tuple[Grid, Array, dict[str, Any]]:
         """The weight's grid, its integers (inputs, outputs), and what is told of it."""
         matrix = weight.matrix.astype(np.float64)
-        fit, judge = (None, None) if grams is None else (damped(grams[0][None]), damped(grams[1][None]))
+        fit, judge = (None, None) if grams is None else (damped(grams[0]), damped(grams[1]))
         grid = self._grid(matrix, weight.kind, fit)
         q, way = grid.nearest(matrix), "nearest"
         if grams is not None:
-            zeros = grid.zeros(len(matrix))
-            bounds = ((grid.low - zeros)[None], (grid.high - zeros)[None])
-            fitted = round_weights(matrix[None], grams[0][None], grid.scales(len(matrix))[None], bounds)[0] + zeros
+            zeros, groups = grid.zeros(len(matrix)), len(grams[0])
+            bounds = _split(grid.low - zeros, groups), _split(grid.high - zeros, groups)
+            scales = _split(grid.scales(len(matrix)), groups)
+            fitted = _joined(round_weights(_split(matrix, groups), grams[0], scales, bounds)) + zeros
             if _error(grid.real(fitted), matrix, judge) < _error(grid.real(q), matrix, judge):
                 q, way = fitted, "reconstruct"
         whole = _error(np.zeros_like(matrix), matrix, judge)
@@ -140,7 +146,7 @@ class QuantizeWeights:
         return 8 if self.bits == 4 and kind != "product" else self.bits
 
     def _grid(self, matrix: Array, kind: Kind, gram: Array | None) -> Grid:
-        importance = None if gram is None else np.diagonal(gram[0])
+        importance = None if gram is None else np.diagonal(gram, axis1=1, axis2=2).mean(axis=0)
         bits = self._bits(kind)
         if bits != 4:
             return search(matrix, importance, bits, len(matrix), asymmetric=False)
@@ -153,10 +159,20 @@ class QuantizeWeights:
 
 
 def _error(real: Array, matrix: Array, gram: Array | None) -> float:
-    """Squared error at the layer's output; without a Gram matrix, of the weights."""
+    """Squared error at the layer's output; without Gram matrices, one a group, of the weights."""
     if gram is not None:
-        return float(error(real[None], matrix[None], gram, np.ones(1)).sum())
+        return float(error(_split(real, len(gram)), _split(matrix, len(gram)), gram, np.ones(1)).sum())
     return float(((real - matrix) ** 2).sum())
+
+
+def _split(matrix: Array, groups: int) -> Array:
+    """(inputs, outputs) as (groups, inputs, outputs of a group)."""
+    return np.ascontiguousarray(matrix.reshape(len(matrix), groups, -1).swapaxes(0, 1))
+
+
+def _joined(parts: Array) -> Array:
+    """The reverse of `_split`."""
+    return parts.swapaxes(0, 1).reshape(parts.shape[1], -1)
 
 
 @dataclass
@@ -174,9 +190,18 @@ class _Weight:
     axis: int
     readers: list[tuple[ir.Node, int]] = field(default_factory=list)
 
-    def inputs(self) -> list[str]:
-        """The values that the weight is multiplied with."""
-        return [str(node.inputs[0].name) for node, _ in self.readers if node.inputs[0] is not None]
+    def convolves(self) -> bool:
+        """Whether convolutions read it, and all in as many groups."""
+        groups = {G.integer(node, "group", 1) for node, _ in self.readers if G.is_op(node, "Conv")}
+        return len(groups) == 1 and all(G.is_op(node, "Conv") for node, _ in self.readers)
+
+    def rows_of(self, node: ir.Node) -> tuple[str, str]:
+        """What the rows hang on that a reader multiplies: the value, and for a kernel also where it is laid."""
+        value = node.inputs[0]
+        return (value.name or "" if value is not None else "", node.name or "" if self.kind == "kernel" else "")
+
+    def groups(self) -> int:
+        return G.integer(self.readers[0][0], "group", 1) if self.convolves() else 1
 
     def stored(self, rows: Array) -> Array:
         """An array like `matrix` in the nodes' own layout."""
@@ -240,21 +265,47 @@ def product_share(model: ir.Model) -> float:
 
 
 def _grams(
-    model: ir.Model, data: Dataset, inputs: Mapping[str, int], batch_size: int, seed: int
-) -> dict[str, tuple[Array, Array]]:
-    """Mean of xᵀx over rows of each value, (K, K) float64: of the samples to fit, of those held back."""
+    model: ir.Model, data: Dataset, weights: Sequence[_Weight], batch_size: int, seed: int
+) -> dict[tuple[str, str], tuple[Array, Array]]:
+    """Mean of xᵀx over the rows of each `rows_of`, (groups, K, K) float64: of samples to fit, of those held back.
+
+    model: float, whose values the nodes of the weights read.
+    """
     held, rng = held_back(data.samples, seed), np.random.default_rng(seed)
-    sums = {name: (np.zeros((size, size)), np.zeros((size, size))) for name, size in inputs.items()}
-    rows = {name: [0, 0] for name in inputs}
-    for name, array, fold in fetched(model, data, list(inputs), batch_size, held):
-        flat = array.reshape(-1, inputs[name]).astype(np.float32, copy=False)
-        share = max(_ROWS, _ROWS_PER_INPUT * inputs[name]) * len(array) / (data.samples * len(flat))
-        if share < 1:
-            flat = flat[np.sort(rng.choice(len(flat), math.ceil(share * len(flat)), replace=False))]
+    layers: dict[tuple[str, str], regression.Layer | None] = {}
+    sums: dict[tuple[str, str], tuple[Array, Array]] = {}
+    for weight in weights:
+        size = (weight.groups(), len(weight.matrix), len(weight.matrix))
+        for node, _ in weight.readers:
+            key = weight.rows_of(node)
+            kernel = weight.kind == "kernel"
+            layers[key] = regression.layer(node, weight.stored(weight.matrix), None) if kernel else None
+            sums[key] = (np.zeros(size), np.zeros(size))
+    rows = {key: [0, 0] for key in sums}
+    for value, array, fold in fetched(model, data, sorted({value for value, _ in sums}), batch_size, held):
         part = 1 if fold == 0 else 0
-        sums[name][part][...] += flat.T @ flat
-        rows[name][part] += len(flat)
+        for key in (key for key in sums if key[0] == value):
+            size, layer = sums[key][0].shape[-1], layers[key]
+            most = max(_ROWS, _ROWS_PER_INPUT * size) * len(array) / data.samples
+            x = _rows(array, size, most, rng) if layer is None else _patches(array, layer, most, rng)
+            sums[key][part][...] += x.swapaxes(1, 2) @ x
+            rows[key][part] += x.shape[1]
     return {k: (fit / max(rows[k][0], 1), judge / max(rows[k][1], 1)) for k, (fit, judge) in sums.items()}
+
+
+def _rows(array: Array, size: int, most: float, rng: np.random.Generator) -> Array:
+    """About `most` rows of what a product reads, float32 (1, rows, size)."""
+    flat = array.reshape(-1, size).astype(np.float32, copy=False)
+    share = most / len(flat)
+    if share < 1:
+        flat = flat[np.sort(rng.choice(len(flat), math.ceil(share * len(flat)), replace=False))]
+    return flat[None]
+
+
+def _patches(array: Array, layer: regression.Layer, most: float, rng: np.random.Generator) -> Array:
+    """About `most` patches that a kernel is laid on, float32 (groups, patches, size)."""
+    chosen = regression.choose_input(layer, array, math.ceil(most), rng)
+    return regression.inputs(layer, array, chosen)
 
 
 class _Writer:
