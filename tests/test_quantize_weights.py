@@ -207,6 +207,52 @@ def test_with_data_the_layers_output_is_nearer_than_nearest(symmetric: Any, tmp_
     assert left["auto"] < 0.5 * left["nearest"]
 
 
+@pytest.mark.parametrize("group", [1, 2, 8])
+def test_convolutions_are_fitted_where_that_is_asked_for(group: int, tmp_path: Path) -> None:
+    """Strides, padding and groups: the result on fresh images is nearer than that of nearest integers."""
+    rng = np.random.default_rng(4)
+    mix = rng.normal(size=(3, 8))
+
+    def sample(count: int) -> Array:
+        """Images whose 8 channels are 3 sources, each smooth: neighbours and channels are strongly correlated."""
+        smooth = rng.normal(size=(count, 3, 9, 7)).cumsum(axis=2).cumsum(axis=3) / 5
+        drawn = np.einsum("nshw,sc->nchw", smooth, mix)
+        return np.asarray(drawn + 0.05 * rng.normal(size=drawn.shape), np.float32)
+
+    model = build(
+        f"""g (float[n,8,9,7] x) => (float[n,16,5,4] y) {{
+          y = Conv<kernel_shape=[3,3],strides=[2,2],pads=[1,1,1,1],group={group}>(x, w, b) }}""",
+        w=normal(16, 8 // group, 3, 3), b=normal(16, seed=1),
+    )  # fmt: skip
+    data, fresh = calibration(tmp_path, sample(200)), sample(100)
+    (wanted,) = run(model, x=fresh)
+    left = {}
+    for rounding in ("nearest", "auto", "reconstruct"):
+        made, told = QuantizeWeights(bits=8, rounding=rounding, least=1).quantized(model, data)  # type: ignore[arg-type]
+        assert told["w"]["rounding"] == ("reconstruct" if rounding == "reconstruct" else "nearest")
+        (weight,) = by_hand(made).values()
+        assert np.abs(weight - normal(16, 8 // group, 3, 3)).max() < 0.2
+        left[rounding] = np.linalg.norm(run(made, x=fresh)[0] - wanted)
+    assert left["auto"] == left["nearest"]
+    assert left["reconstruct"] < 0.7 * left["nearest"]
+
+
+def test_a_kernel_that_two_nodes_lay_differently_is_fitted_to_both(tmp_path: Path) -> None:
+    x = np.cumsum(normal(60, 2, 24), axis=2) / 5
+    model = build(
+        """g (float[n,2,24] x) => (float[n,3,22] y, float[n,3,7] z) {
+          y = Conv<kernel_shape=[3]>(x, w)  z = Conv<kernel_shape=[3],strides=[3],dilations=[2]>(x, w) }""",
+        w=normal(3, 2, 3),
+    )  # fmt: skip
+    left = []
+    for rounding in ("nearest", "reconstruct"):
+        made, told = QuantizeWeights(rounding=rounding, least=1).quantized(model, calibration(tmp_path, x))  # type: ignore[arg-type]
+        assert [n.op_type for n in made.graph].count("DequantizeLinear") == 1
+        assert told["w"]["rounding"] == rounding
+        left.append(sum(np.linalg.norm(a - b) for a, b in zip(run(made, x=x), run(model, x=x), strict=True)))
+    assert left[1] < left[0]
+
+
 def test_of_too_few_samples_nothing_worse_is_kept(tmp_path: Path) -> None:
     """One sample says next to nothing of 64 inputs; the result is still within a grid step of the weights."""
     w = normal(64, 8)
