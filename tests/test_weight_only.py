@@ -12,12 +12,14 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from click.testing import CliRunner
 from onnx.reference import ReferenceEvaluator
 
 from edgekit import artifact, backends, pipeline, verify, weighing
 from edgekit import model as M
 from edgekit.backends import ort_weights
 from edgekit.backends.whole_groups import with_whole_groups
+from edgekit.cli import main
 from edgekit.errors import TargetFileError, UnsupportedOpError
 from edgekit.inspection import inspect, product_macs
 from edgekit.passes.fold import Fold
@@ -408,6 +410,13 @@ def test_the_profile_key(tmp_path: Path) -> None:
     with pytest.raises(TargetFileError, match="for_models"):
         read_target(path)
     assert any(c.for_models == "products" for c in load_target("cpu").candidates)
+
+
+def test_the_list_of_profiles_says_when_a_candidate_is_made(here: Path) -> None:
+    told = CliRunner().invoke(main, ["targets", "--targets", str(here)]).output
+    line = next(row for row in told.splitlines() if "onnxruntime-int8-dynamic" in row)
+    assert "onnxruntime-int8-dynamic (of transformers and recurrent models)" in line
+    assert "onnxruntime-int4-weights (with --precision int4-weights)" in line
 
 
 # --- a real model ----------------------------------------------------------------------------------------------------
