@@ -28,7 +28,7 @@ from edgekit.errors import (
 )
 from edgekit.passes.roundings import leave_out
 from edgekit.report.progress import Progress
-from edgekit.target import STATIC, CandidateSpec, Target
+from edgekit.target import STATIC, WEIGHTS, CandidateSpec, Target
 
 if TYPE_CHECKING:
     from edgekit.dataset import Dataset
@@ -194,14 +194,38 @@ class Conversion:
 
         def make() -> tuple[ir.Model, dict[str, Any]]:
             data = self.calibration_set if known else None
-            start = plain, told["layers"]
-            model, weights = weighing.chosen(
-                self.folded[0], start, step, ways, data, self.calibration_set, rounds=rounds
+            first = weighing.Tried(self.folded[0], plain, told["layers"])
+            best, figures = weighing.chosen(
+                self.folded[0], first, step, ways, data, self.calibration_set, rounds=rounds
             )
-            record = {"weights": weights, "told": [*_wider(weights["layers"]), *weighing.told(weights)]}
-            return model, {**record, "calibration": self._calibration_record()} if known else record
+            weights = {"weight_bits": step.bits, **figures, "layers": best.layers}
+            record = {"weights": weights, "told": [*_wider(best.layers), *weighing.told(figures)]}
+            return best.quantized, {**record, "calibration": self._calibration_record()} if known else record
 
         return self._stage(f"try weights of {step.bits} bits", identity, make)
+
+    def begun(self, backend: backends.Backend, precision: str) -> tuple[ir.Model, dict[str, Any], str]:
+        """(float model whose weights the backend will quantize, {"weights", "calibration" if there are data}, key).
+
+        As `weighed`; which is best is judged by 8-bit weights, a scale per channel, which is what backends do.
+        """
+        from edgekit import weighing
+        from edgekit.passes.quantize_weights import QuantizeWeights
+
+        model, _, parent = self.folded
+        known = self.dataset is not None or self.random_calibration
+        rounds = backend.rounds_activations(model, precision)
+        ways, step = weighing.starts(rounds=rounds, data=known), QuantizeWeights(seed=self.seed)
+        identity = {"step": "begin weights", "parent": parent, "ways": repr(ways), "rounds": rounds}
+
+        def make() -> tuple[ir.Model, dict[str, Any]]:
+            data = self.calibration_set if known else None
+            first = weighing.tried(model, step, data)
+            best, figures = weighing.chosen(model, first, step, ways, data, self.calibration_set, rounds=rounds)
+            record = {"weights": figures, "told": weighing.told(figures)}
+            return best.start, {**record, "calibration": self._calibration_record()} if known else record
+
+        return self._stage("try ways to begin", {**identity, "pass": repr(step), "data": self._data_digest()}, make)
 
     def _weighed_plain(self, step: QuantizeWeights) -> tuple[ir.Model, dict[str, Any], str]:
         """(the model as it is with quantized weights, {"layers"}, key)."""
@@ -255,6 +279,8 @@ class Conversion:
                 model = leave_out(model, backend.unneeded(model))
         elif (step := backend.weight_pass(spec.precision)) is not None:
             model, record, parent = self.weighed(step, backend, spec.precision)
+        elif spec.precision in WEIGHTS:
+            model, record, parent = self.begun(backend, spec.precision)
         else:
             model, record, parent = self.folded
         identity = artifact.digest_json(

@@ -22,6 +22,8 @@ Precision = Literal[
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 # made by calibration: weights in int8, activations in int8 or int16
 STATIC: tuple[Precision, ...] = ("int8", "int8x16")
+# made of weights in few bits; activations stay float, or are rounded as they come
+WEIGHTS: tuple[Precision, ...] = ("int8-dynamic", "int8-weights", "int4-weights")
 
 
 @dataclass(frozen=True)

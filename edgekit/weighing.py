@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -37,43 +37,45 @@ def starts(*, rounds: bool, data: bool) -> dict[str, Pass]:
     return out
 
 
+@dataclass(frozen=True)
+class Tried:
+    """One way: the float model that it begins with, that with quantized weights, what was done to each weight."""
+
+    start: ir.Model
+    quantized: ir.Model
+    layers: Told
+
+
 def chosen(
     model: ir.Model,
-    plain: tuple[ir.Model, Told],
+    plain: Tried,
     step: QuantizeWeights,
     ways: Mapping[str, Pass],
     data: Dataset | None,
     samples: Dataset,
     *,
     rounds: bool,
-) -> tuple[ir.Model, dict[str, Any]]:
-    """(the model with quantized weights, its record: what it was made from, what each way leaves, each weight).
+) -> tuple[Tried, dict[str, Any]]:
+    """(the best, its record: which it is and what each leaves).
 
-    plain: `model` with quantized weights, and what was done to each. ways: what else to begin with. data: the user's.
-    samples: to judge on, those or made up ones; where weights are fitted to them, those that they are not fitted to.
+    plain: of `model` as it is. ways: what else to begin with. data: the user's. samples: to judge on, those or made up
+    ones; where weights are fitted to them, those that they are not fitted to.
     """
     made = {PLAIN: plain}
     for name, way in ways.items():
         start = _begun(model, way, data)
         if start is not None:
-            made[name] = _quantized(start, step, data)
+            made[name] = tried(start, step, data)
     best, figures = PLAIN, {}
     if len(made) > 1:
-        fitted = any(row["rounding"] == "reconstruct" for _, layers in made.values() for row in layers.values())
+        fitted = any(row["rounding"] == "reconstruct" for one in made.values() for row in one.layers.values())
         held = held_back(samples.samples, step.seed) if fitted else frozenset()
         judging = judge.Judge(model, samples, held, step.batch_size)
-        scores = {name: judging.score(as_it_runs(m) if rounds else m) for name, (m, _) in made.items()}
+        scores = {n: judging.score(as_it_runs(t.quantized) if rounds else t.quantized) for n, t in made.items()}
         figures = {name: score.sqnr_db for name, score in scores.items()}
         # a label or two of a few samples says less than the error that they all have
         best = judge.best({name: replace(score, agreement=None) for name, score in scores.items()})
-    quantized, layers = made[best]
-    return quantized, {
-        "weight_bits": step.bits,
-        "equalized": best == EQUALIZED,
-        "smoothed": best == SMOOTHED,
-        "sqnr_db": figures,
-        "layers": layers,
-    }
+    return made[best], {"equalized": best == EQUALIZED, "smoothed": best == SMOOTHED, "sqnr_db": figures}
 
 
 def told(weights: Mapping[str, Any]) -> list[str]:
@@ -99,9 +101,10 @@ def _stored(model: ir.Model) -> int:
     return sum(a.size for a in arrays if a is not None and len(a.shape) > 1)
 
 
-def _quantized(model: ir.Model, step: QuantizeWeights, data: Dataset | None) -> tuple[ir.Model, Told]:
-    names = {node.name for node in model.graph}  # bounds that became one took a Relu with them
-    return replace(step, keep_float=tuple(n for n in step.keep_float if n in names)).quantized(model, data)
+def tried(start: ir.Model, step: QuantizeWeights, data: Dataset | None) -> Tried:
+    names = {node.name for node in start.graph}  # bounds that became one took a Relu with them
+    step = replace(step, keep_float=tuple(n for n in step.keep_float if n in names))
+    return Tried(start, *step.quantized(start, data))
 
 
 def as_it_runs(model: ir.Model) -> ir.Model:

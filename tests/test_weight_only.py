@@ -353,6 +353,22 @@ def test_channels_far_apart_are_brought_together_first(precision: str, with_data
     assert any("before its weights were rounded" in note for note in manifest.notes)
 
 
+@pytest.mark.parametrize("precision", ["int8-weights", "int8-dynamic"])
+def test_weights_that_a_backend_quantizes_itself_are_brought_together_first(precision: str, here: Path) -> None:
+    installed("tflite")
+    row = f'{{ backend = "tflite", precision = "{precision}" }}'
+    (here / "one.toml").write_text(f'schema = 1\ndescription = "one"\ncandidates = [{row}]\n', encoding="utf-8")
+    lost = {}
+    for name in ("wide", "spread_out"):
+        made = converted(here, name, precisions=[precision], data=here / "d.npz")[f"tflite-{precision}"]
+        manifest = artifact.read_manifest(Path(made["path"]))
+        lost[name] = (manifest.parity or {})["max_rel_error"]
+    weights: Any = manifest.quantization
+    assert weights["equalized"] or weights["smoothed"]
+    assert lost["spread_out"] < 2 * lost["wide"]
+    assert any("before its weights were rounded" in note for note in manifest.notes)
+
+
 def test_nothing_to_even_out_is_nothing_tried(here: Path) -> None:
     row = converted(here, "deep", precisions=["int4-weights"])["onnxruntime-int4-weights"]
     weights = artifact.read_manifest(Path(row["path"])).quantization or {}
