@@ -186,8 +186,11 @@ def class_labels(labels: Array, rule: LabelRule, index: Array) -> Array:
 
 
 def squeeze(labels: Array) -> Array:
-    """(n, 1) as (n,), as Keras stores the labels of its own data sets."""
-    while labels.ndim > 1 and labels.shape[-1] == 1:
+    """(n, 1) as (n,), as Keras stores the labels of its own data sets; class numbers of a map without a last axis of 1.
+
+    Real numbers on more axes are what an output of the same shape is compared with.
+    """
+    while labels.ndim > 1 and labels.shape[-1] == 1 and (labels.ndim == 2 or labels.dtype.kind != "f"):
         labels = labels[..., 0]
     return labels
 

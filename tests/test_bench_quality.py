@@ -158,3 +158,13 @@ def test_half_precision_outputs() -> None:
     figures, _, problems = judge(reference.astype(np.float16), reference, np.arange(3))
     assert figures["accuracy"] == 1
     assert not problems
+
+
+def test_real_valued_maps_keep_a_last_axis_of_one() -> None:
+    """An autoencoder's targets have its outputs' shape; class numbers of a map need no last axis."""
+    from edgekit.binding import class_labels
+
+    index = np.arange(3)
+    assert class_labels(np.full((3, 8, 8, 1), 0.5, np.float32), "as stored", index).shape == (3, 8, 8, 1)
+    assert class_labels(np.full((3, 1), 0.5, np.float32), "as stored", index).shape == (3,)
+    assert class_labels(np.ones((3, 8, 8, 1), np.uint8), "as stored", index).shape == (3, 8, 8)
