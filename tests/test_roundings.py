@@ -155,4 +155,5 @@ def test_random_graphs_without_them(network: tuple[Any, Array]) -> None:
         plain, got = run(rounded, x), run(other, x)
         for name, value in exact.items():
             scale = float(np.abs(value).max())
-            assert np.abs(got[name] - value).mean() <= np.abs(plain[name] - value).mean() * 1.25 + 1e-3 * scale
+            # errors of two roundings may cancel by chance in the few values of an output: one int8 step is 0.004 of it
+            assert np.abs(got[name] - value).mean() <= np.abs(plain[name] - value).mean() * 1.25 + 4e-3 * scale

@@ -84,8 +84,8 @@ def unrounded(model: ir.Model) -> list[str]:
 
 
 def unneeded(model: ir.Model) -> list[str]:
-    """Products: MatMulIntegerToFloat and QGemm give float32. Convolutions do not."""
-    return idle(model, PRODUCTS)
+    """Products: MatMulIntegerToFloat and QGemm give float32. Convolutions do not. Transposed ones are always float."""
+    return idle(model, PRODUCTS, frozenset({"ConvTranspose"}))
 
 
 def weight_pass(precision: str) -> QuantizeWeights | None:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 # Bytes of held-back inputs kept in memory to judge with.
 JUDGE_BYTES = 64 * 2**20
-# Shares of equal labels on some fifty samples that differ by less tell nothing (two standard deviations at 97 %).
-AGREEMENT_NOISE = 0.05
+# Shares of equal labels that differ by less than two standard deviations (at 97 %) tell nothing: 0.05 on 50 samples.
+NOISE_VARIANCE = 4 * 0.97 * 0.03
 SAMPLES = 96
 DRAWS, CONFIDENCE = 400, 0.9
 
@@ -61,7 +61,7 @@ def best(scores: Mapping[str, Score]) -> str:
 def better(challenger: Score, leader: Score) -> bool:
     if challenger.agreement is not None and leader.agreement is not None:
         gain = challenger.agreement - leader.agreement
-        if abs(gain) > AGREEMENT_NOISE:
+        if abs(gain) > np.sqrt(NOISE_VARIANCE / max(1, len(leader.errors))):
             return gain > 0
     if len(challenger.errors) != len(leader.errors) or not len(leader.errors):
         return challenger.sqnr_db > leader.sqnr_db

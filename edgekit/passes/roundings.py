@@ -17,8 +17,8 @@ from edgekit.scheme import BOUNDS
 # float on the runtimes that leave roundings out, whatever surrounds them
 _FLOAT = frozenset({"Softmax", "LogSoftmax", "Gelu", "LayerNormalization", "Erf", "HardSwish"})
 PRODUCTS = frozenset({"MatMul", "Gemm"})
-# cost nothing in any type
-_FREE = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
+# cost next to nothing in any type
+_FREE = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"})
 # cheap in float at the end of a graph, where nothing multiplies any more
 _CHEAP = (
     frozenset(
@@ -29,8 +29,12 @@ _CHEAP = (
 )
 
 
-def idle(model: ir.Model, producers: frozenset[str]) -> list[str]:
-    """Quantized tensors of a QDQ model whose rounding can go, for kernels of `producers` that can give float32."""
+def idle(model: ir.Model, producers: frozenset[str], floats: frozenset[str] = frozenset()) -> list[str]:
+    """Quantized tensors of a QDQ model whose rounding can go, for kernels of `producers` that can give float32.
+
+    floats: operators that the runtime has no integer kernels of: what they read and give is better not rounded at all.
+    """
+    producers = producers | floats
     outputs = {v.name for v in model.graph.outputs}
     found: set[str] = set()
     for node in reversed(list(model.graph)):
@@ -41,23 +45,25 @@ def idle(model: ir.Model, producers: frozenset[str]) -> list[str]:
             continue
         readers = [r for use in node.outputs[0].uses() for r in _readers(use.node)]
         to_output = [d for use in node.outputs[0].uses() if (d := use.node).outputs[0].name in outputs]
-        floats = bool(readers or to_output) and all(_floats(r, found) for r in readers)
-        if floats and (_gives_float(source, producers) or all(_ends(r, found) for r in readers)):
+        loose = bool(readers or to_output) and all(r.op_type in floats or _floats(r, found) for r in readers)
+        if loose and (_gives_float(source, producers) or all(_ends(r, found) for r in readers)):
             found.add(node.outputs[0].name or "")
     return [n.outputs[0].name or "" for n in model.graph if n.outputs[0].name in found]
 
 
 def _gives_float(node: ir.Node, producers: frozenset[str]) -> bool:
-    """A product, or what only reshapes one that nobody else reads."""
-    while node.op_type in _FREE:
-        dequantize = node.inputs[0].producer() if node.inputs[0] is not None else None
-        rounded = dequantize.inputs[0] if dequantize is not None and dequantize.op_type == "DequantizeLinear" else None
-        quantize = rounded.producer() if rounded is not None and len(rounded.uses()) == 1 else None
-        exact = quantize.inputs[0] if quantize is not None and quantize.op_type == "QuantizeLinear" else None
-        source = exact.producer() if exact is not None else None
-        if source is None:
+    """A product, perhaps with a Relu or Clip of its own, or what only reshapes one that nobody else reads."""
+    while node.op_type in _FREE | {"Relu", "Clip"}:
+        value = node.inputs[0]
+        before = value.producer() if value is not None else None
+        if node.op_type in _FREE:
+            rounded = before.inputs[0] if before is not None and before.op_type == "DequantizeLinear" else None
+            quantize = rounded.producer() if rounded is not None and len(rounded.uses()) == 1 else None
+            exact = quantize.inputs[0] if quantize is not None and quantize.op_type == "QuantizeLinear" else None
+            before = exact.producer() if exact is not None else None
+        if before is None or before.op_type == "DequantizeLinear":
             return False
-        node = source
+        node = before
     return node.op_type in producers
 
 
@@ -123,7 +129,7 @@ def _readers(dequantize: ir.Node) -> list[ir.Node]:
 
 def _floats(node: ir.Node, found: set[str]) -> bool:
     """Whether the node computes in float once its input does."""
-    return node.op_type in _FLOAT or _ends(node, found) or not _quantizers(node)
+    return node.op_type in _FLOAT or _ends(node, found) or not _quantizers(node) or _reads_float(node)
 
 
 def _ends(node: ir.Node, found: set[str]) -> bool:
@@ -131,8 +137,22 @@ def _ends(node: ir.Node, found: set[str]) -> bool:
     return node.op_type in _CHEAP and all(q.outputs[0].name in found for q in _quantizers(node))
 
 
+def _reads_float(node: ir.Node) -> bool:
+    """Whether some operand is no integer."""
+    makers = [v.producer() for v in node.inputs if v is not None and M.constant(v) is None]
+    return any(maker is None or maker.op_type != "DequantizeLinear" for maker in makers)
+
+
 def _quantizers(node: ir.Node) -> list[ir.Node]:
-    return [use.node for v in node.outputs for use in v.uses() if use.node.op_type == "QuantizeLinear"]
+    """What rounds its result, or the result of the Relu or Clip that it is fused with."""
+    found = []
+    for value in node.outputs:
+        for use in value.uses():
+            if use.node.op_type == "QuantizeLinear":
+                found.append(use.node)
+            elif use.node.op_type in {"Relu", "Clip"} and len(value.uses()) == 1:
+                found += _quantizers(use.node)
+    return found
 
 
 def leave_out(model: ir.Model, names: list[str]) -> ir.Model:
