@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import statistics
 import sys
 import time
@@ -147,6 +148,7 @@ def evaluate(folder: Path, path: Path) -> dict[str, Any]:
         "size_bytes": sum(f.stat().st_size for f in path.parent.glob(f"{path.stem}.*") if f.suffix in kinds),
         "p50_s": p50,
         "float_p50_s": float_p50,
+        "load_per_core": os.getloadavg()[0] / (os.cpu_count() or 1),
         "test_samples": len(next(iter(test.values()))),
     }
 

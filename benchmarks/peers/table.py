@@ -31,7 +31,8 @@ in ONNX Runtime, on test samples that no tool saw, in the runtime that it is for
   no such mode.
 - **agreement**: equal argmax with the float model. **SQNR**: 10·log10(Σ float² / Σ difference²), of the logits where
   the model ends in a Softmax; **of outputs**: of the probabilities there, on this CPU. **time**: p50 over that of the
-  float32 model in ONNX Runtime, one thread, in turns: under 1 is faster.
+  float32 model in ONNX Runtime, one thread, in turns: under 1 is faster; with ~ where the machine had more to
+  do than cores at that time, or that is not known: it may then be far off.
 - **tool s (CPU s)**: the tool's whole process, imports included. Other work ran on the machine, which CPU seconds leave
   out. **peak MB**: resident memory of it and its children. edgekit's run makes all of its files, float32 and int8 for
   three runtimes, and proves each against the original.
@@ -140,7 +141,8 @@ def _line(row: Row) -> str:
     values = [(row.figure(place, name), text) for place, name, text in shown]
     cells = ["–" if value is None else text(value) for value, text in values]
     ratio, size = row.file["p50_s"] / row.file["float_p50_s"], row.file["size_bytes"] / 1000
-    return f"{start} {' | '.join(cells)} | {size:.0f} | {ratio:.2f} | {cost}"
+    busy = "" if row.file.get("load_per_core", math.inf) <= 1 else "~ "
+    return f"{start} {' | '.join(cells)} | {size:.0f} | {busy}{ratio:.2f} | {cost}"
 
 
 def short(record: dict[str, Any]) -> str:
