@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from edgekit import model as M
 from edgekit.passes import fold_graph as G
-from edgekit.scheme import BOUNDS
+from edgekit.scheme import BOUNDS, WEIGHTED
 
 # float on the runtimes that leave roundings out, whatever surrounds them
 _FLOAT = frozenset({"Softmax", "LogSoftmax", "Gelu", "LayerNormalization", "Erf", "HardSwish"})
@@ -138,7 +138,9 @@ def _ends(node: ir.Node, found: set[str]) -> bool:
 
 
 def _reads_float(node: ir.Node) -> bool:
-    """Whether some operand is no integer."""
+    """Whether some operand is no integer; of a layer, its weights."""
+    if node.op_type in WEIGHTED and len(node.inputs) > 1 and M.constant(node.inputs[1]) is not None:
+        return True
     makers = [v.producer() for v in node.inputs if v is not None and M.constant(v) is None]
     return any(maker is None or maker.op_type != "DequantizeLinear" for maker in makers)
 
