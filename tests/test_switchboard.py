@@ -51,7 +51,8 @@ def check_ends(model: Any, plan: QuantizationPlan, inputs: dict[str, Array]) -> 
         assert everything[name].shape == got[name].shape
         scale = max(float(np.abs(got[name]).max()), 1e-30)
         assert float(np.abs(everything[name] - got[name]).max()) <= FLIPPED * scale
-        assert float(np.abs(everything[name] - got[name]).mean()) <= 1e-3 * scale
+        # a tie that flips early moves several values of a small output: one int8 step on the mean
+        assert float(np.abs(everything[name] - got[name]).mean()) <= 4e-3 * scale
 
 
 @pytest.mark.parametrize(("bits", "rounding"), [(8, "reconstruct"), (7, "nearest")])

@@ -37,7 +37,8 @@ class Switchboard:
         source, written = rescaled(prepared(model), plan.factors), apply_plan(model, kept)
         self.parts: dict[tuple[str, str], str] = {}
         self._plan = plan
-        written = leave_out(written, idle(written, PRODUCTS))
+        # those of the plan itself: a Relu that saturation stands for looks like one more operator here
+        written = leave_out(written, idle(apply_plan(model, plan), PRODUCTS))
         self._wire(written, {n.name or "": n for n in source.graph})
         self._session = M.FloatSession(written, fetch=self.fetch, optimize=False)
 
