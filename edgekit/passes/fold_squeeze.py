@@ -14,8 +14,7 @@ from edgekit.passes import fold_graph as G
 _UNARY = ("Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh", "HardSwish", "HardSigmoid", "Elu", "Selu", "Gelu", "Softplus")
 _BINARY = ("Add", "Sub", "Mul", "Div")
 _POOLS = ("MaxPool", "AveragePool")
-# an attribute of a pool -> what it says of an axis of size 1
-_WINDOW = {"kernel_shape": 1, "strides": 1, "dilations": 1}
+_WINDOW = ("kernel_shape", "strides", "dilations")  # of a pool; all are 1 along an axis of size 1
 
 
 def fold(graph: ir.Graph) -> bool:
@@ -79,12 +78,12 @@ def _pools(node: ir.Node, axes: tuple[int, ...], rank: int) -> bool:
     if any(a < 2 for a in axes) or rank < 3 or len(node.inputs) != 1:
         return False
     spatial = [a - 2 for a in axes]
-    for name, neutral in _WINDOW.items():
+    for name in _WINDOW:
         values = G.integers(node, name)
         if values is not None:
             wide = list(values)
             for axis in spatial:
-                wide.insert(axis, neutral)
+                wide.insert(axis, 1)
             node.attributes[name] = ir.AttrInt64s(name, wide)
     pads = G.integers(node, "pads")
     if pads is not None:
