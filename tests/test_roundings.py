@@ -134,26 +134,55 @@ def test_leaving_nothing_out_changes_nothing() -> None:
     assert M.to_bytes(leave_out(model, [])) == M.to_bytes(M.clone(model))
 
 
-@given(networks(7))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_random_graphs_without_them(network: tuple[Any, Array]) -> None:
-    """Names and shapes stay; what comes out is nearer to the float model, or as near."""
-    model, x = network
+def remade(model: Any, x: Array) -> list[tuple[float, float]]:
+    """Of each output, for both sets of kernels: the squared errors over its power, with all roundings and without."""
     model = prepared(model)
     exact = run(model, x)
     if not all(np.isfinite(v).all() for v in exact.values()):
-        return
+        return []
     rounded = apply_plan(model, PLAIN.plan(model, Samples({"x": x})))  # type: ignore[arg-type]
-    before = M.to_bytes(rounded)
+    before, errors = M.to_bytes(rounded), []
     for producers in (PRODUCTS, ALL):
         names = idle(rounded, producers)
         other = leave_out(rounded, names)
         assert M.to_bytes(rounded) == before
+        left = {n.outputs[0].name for n in other.graph if n.op_type == "QuantizeLinear"}
+        assert left == {n.outputs[0].name for n in rounded.graph if n.op_type == "QuantizeLinear"} - set(names)
         assert [(s.name, s.dtype, len(s.shape)) for s in M.signature(other).outputs] == [
             (s.name, s.dtype, len(s.shape)) for s in M.signature(rounded).outputs
         ]
         plain, got = run(rounded, x), run(other, x)
-        for name, value in exact.items():
-            scale = float(np.abs(value).max())
-            # errors of two roundings may cancel by chance in the few values of an output: one int8 step is 0.004 of it
-            assert np.abs(got[name] - value).mean() <= np.abs(plain[name] - value).mean() * 1.25 + 4e-3 * scale
+        for name, value in exact.items() if names else ():
+            if value.any():
+                errors.append((_share(plain[name] - value, value), _share(got[name] - value, value)))
+    return errors
+
+
+def _share(error: Array, value: Array) -> float:
+    return float(np.square(error, dtype=np.float64).sum() / np.square(value, dtype=np.float64).sum())
+
+
+def test_random_graphs_without_them() -> None:
+    """Names and shapes stay in each graph; what comes out is nearer to the float model in the mean over many.
+
+    Not in each: two errors may cancel by chance in the few values of an output. The graphs are always the same ones.
+    """
+    errors: list[tuple[float, float]] = []
+
+    @given(networks(7))
+    @settings(
+        max_examples=60,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    def each(network: tuple[Any, Array]) -> None:
+        errors.extend(remade(*network))
+
+    each()
+    plain, got = np.array(errors).T
+    assert len(plain) > 50
+    assert got.mean() < plain.mean()
+    # of most graphs, not of the worst alone; in outputs that int8 holds to 60 dB nothing is left to gain
+    assert np.log(got + 1e-6).mean() < np.log(plain + 1e-6).mean()
