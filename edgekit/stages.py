@@ -8,7 +8,7 @@ import platform
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from edgekit import __version__, artifact, backends
+from edgekit import __version__, artifact, backends, weight_stages
 from edgekit import model as M
 from edgekit.errors import (
     ArtifactError,
     ConversionMismatchError,
     NonFiniteError,
     ShapeError,
-    UnsupportedOpError,
     UsageError,
 )
 from edgekit.passes.roundings import leave_out
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from edgekit.dataset import Dataset
     from edgekit.passes.plan_file import PlanFile
     from edgekit.passes.quantize import QuantizeInt8
-    from edgekit.passes.quantize_weights import QuantizeWeights
 
 FOLD_BOUND = 1e-4  # of the largest output: float32 rounding through a deep network; the issue's own bound
 FOLD_SAMPLES = 32
@@ -93,7 +91,7 @@ class Conversion:
             record = {"file": self.model.name, "format": loaded.format, "sha256": loaded.sha256, **loaded.record}
             return self._turned(loaded.model), record
 
-        return self._stage("import", identity, make)
+        return self.stage("import", identity, make)
 
     def _turned(self, model: ir.Model) -> ir.Model:
         from edgekit.passes.input_layout import InputLayout
@@ -114,19 +112,24 @@ class Conversion:
     def calibration_set(self) -> Dataset:
         return self.bound.take(self.samples, self.seed)
 
+    @property
+    def known_samples(self) -> Dataset | None:
+        """The calibration samples, if they are the user's or made-up ones were asked for."""
+        return self.calibration_set if self.dataset is not None or self.random_calibration else None
+
     @cached_property
     def folded(self) -> tuple[ir.Model, dict[str, Any], str]:
         """(cleaned-up float model, record of its difference from the import, key)."""
         from edgekit.passes.fold import Fold
 
         model, _, key = self.source
-        identity = {"step": "fold", "parent": key, "pass": repr(Fold()), "data": self._data_digest()}
+        identity = {"step": "fold", "parent": key, "pass": repr(Fold()), "data": self.data_digest()}
 
         def make() -> tuple[ir.Model, dict[str, Any]]:
             better = Fold()(model, None)
             return better, {"max_rel_error": self._difference(model, better), "bound": FOLD_BOUND}
 
-        return self._stage("clean up", identity, make)
+        return self.stage("clean up", identity, make)
 
     def quantized(self, weight_bits: int, activation_bits: int = 8) -> tuple[ir.Model, dict[str, Any], str]:
         """(QDQ model, {"plan", "calibration"}, key)."""
@@ -152,7 +155,7 @@ class Conversion:
                 "step": "quantize",
                 "parent": parent,
                 "pass": repr(step),
-                "data": self._data_digest(),
+                "data": self.data_digest(),
                 "budget": self.max_accuracy_drop,
                 "plan": None
                 if told is None or told.plan is None
@@ -163,7 +166,7 @@ class Conversion:
                 return self._quantize(model, step)
 
             title = f"quantize to int{activation_bits}, {weight_bits}-bit weights"
-            self._quantized[bits] = self._stage(title, identity, make)
+            self._quantized[bits] = self.stage(title, identity, make)
         return self._quantized[bits]
 
     def _quantize(self, model: ir.Model, step: QuantizeInt8) -> tuple[ir.Model, dict[str, Any]]:
@@ -174,74 +177,7 @@ class Conversion:
         samples = quantizing.Samples(self.calibration_set, self.bound.rest(self.samples, self.seed))
         plan, record = quantizing.plan(model, step, samples, self.max_accuracy_drop, self.progress)
         quantizing.write(self.root, plan, model)
-        return quantizing.applied(model, plan), {**record, "calibration": self._calibration_record()}
-
-    def weighed(
-        self, step: QuantizeWeights, backend: backends.Backend, precision: str
-    ) -> tuple[ir.Model, dict[str, Any], str]:
-        """(model with quantized weights, {"weights", "calibration" if there are data}, key).
-
-        Of the model as it is, equalized, or smoothed where activations are rounded: which leaves the smallest error.
-        """
-        from edgekit import weighing
-
-        step = replace(step, keep_float=self.keep_float, seed=self.seed)
-        known = self.dataset is not None or self.random_calibration
-        plain, told, parent = self._weighed_plain(step)
-        rounds = backend.rounds_activations(plain, precision)
-        ways = weighing.starts(rounds=rounds, data=known)
-        identity = {"step": "choose weights", "parent": parent, "ways": repr(ways), "rounds": rounds}
-
-        def make() -> tuple[ir.Model, dict[str, Any]]:
-            data = self.calibration_set if known else None
-            first = weighing.Tried(self.folded[0], plain, told["layers"])
-            best, figures = weighing.chosen(
-                self.folded[0], first, step, ways, data, self.calibration_set, rounds=rounds
-            )
-            weights = {"weight_bits": step.bits, **figures, "layers": best.layers}
-            record = {"weights": weights, "told": [*_wider(best.layers), *weighing.told(figures)]}
-            return best.quantized, {**record, "calibration": self._calibration_record()} if known else record
-
-        return self._stage(f"try weights of {step.bits} bits", identity, make)
-
-    def begun(self, backend: backends.Backend, precision: str) -> tuple[ir.Model, dict[str, Any], str]:
-        """(float model whose weights the backend will quantize, {"weights", "calibration" if there are data}, key).
-
-        As `weighed`; which is best is judged by 8-bit weights, a scale per channel, which is what backends do.
-        """
-        from edgekit import weighing
-        from edgekit.passes.quantize_weights import QuantizeWeights
-
-        model, _, parent = self.folded
-        known = self.dataset is not None or self.random_calibration
-        rounds = backend.rounds_activations(model, precision)
-        ways, step = weighing.starts(rounds=rounds, data=known), QuantizeWeights(seed=self.seed)
-        identity = {"step": "begin weights", "parent": parent, "ways": repr(ways), "rounds": rounds}
-
-        def make() -> tuple[ir.Model, dict[str, Any]]:
-            data = self.calibration_set if known else None
-            first = weighing.tried(model, step, data)
-            best, figures = weighing.chosen(model, first, step, ways, data, self.calibration_set, rounds=rounds)
-            record = {"weights": figures, "told": weighing.told(figures)}
-            return best.start, {**record, "calibration": self._calibration_record()} if known else record
-
-        return self._stage("try ways to begin", {**identity, "pass": repr(step), "data": self._data_digest()}, make)
-
-    def _weighed_plain(self, step: QuantizeWeights) -> tuple[ir.Model, dict[str, Any], str]:
-        """(the model as it is with quantized weights, {"layers"}, key)."""
-        model, _, parent = self.folded
-        identity = {"step": "quantize weights", "parent": parent, "pass": repr(step), "data": self._data_digest()}
-
-        def make() -> tuple[ir.Model, dict[str, Any]]:
-            known = self.dataset is not None or self.random_calibration
-            made, told = step.quantized(model, self.calibration_set if known else None)
-            if not any(layer["bits"] == step.bits for layer in told.values()):
-                raise UnsupportedOpError(
-                    f"no weights of this model can have {step.bits} bits", "leave this precision out"
-                )
-            return made, {"layers": told}
-
-        return self._stage(f"quantize weights to {step.bits} bits", identity, make)
+        return quantizing.applied(model, plan), {**record, "calibration": self.calibration_record()}
 
     def suits(self, spec: CandidateSpec) -> bool:
         """Whether a candidate is made of this model without being asked for.
@@ -278,9 +214,9 @@ class Conversion:
             if self.io == "float32":
                 model = leave_out(model, backend.unneeded(model))
         elif (step := backend.weight_pass(spec.precision)) is not None:
-            model, record, parent = self.weighed(step, backend, spec.precision)
+            model, record, parent = weight_stages.weighed(self, step, backend, spec.precision)
         elif spec.precision in WEIGHTS:
-            model, record, parent = self.begun(backend, spec.precision)
+            model, record, parent = weight_stages.begun(self, backend, spec.precision)
         else:
             model, record, parent = self.folded
         identity = artifact.digest_json(
@@ -290,7 +226,7 @@ class Conversion:
                 "candidate": spec.id,
                 "target": target.name,
                 "runtime": backend.version(),
-                "data": self._data_digest(),
+                "data": self.data_digest(),
                 "io": self.io,
                 "labels": list(self._about.labels),
                 # the encoding is chosen for, and the proof holds on, this kind of CPU
@@ -427,7 +363,7 @@ class Conversion:
         return {"source": self.source[1], "fold": self.folded[1], "warnings": self.warnings}
 
     # --- parts -------------------------------------------------------------------------------------
-    def _stage(
+    def stage(
         self, title: str, identity: Mapping[str, Any], make: Callable[[], tuple[ir.Model, dict[str, Any]]]
     ) -> tuple[ir.Model, dict[str, Any], str]:
         """Load a stage from the cache or make it; a stage appears under its key only when it is whole."""
@@ -455,13 +391,15 @@ class Conversion:
                 (staging / _RECORD).write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
         return record
 
-    def _data_digest(self) -> str:
+    def data_digest(self) -> str:
+        """What the data add to the identity of a stage that reads them."""
         if self.dataset is None:
             return f"random-{self.samples}-{self.seed}" if self.random_calibration else "seeded"
         # of the data as the model takes them: what it does not read does not count, and what it reads does
         return f"{self.bound.digest}-{self.samples}-{self.seed}"
 
-    def _calibration_record(self) -> dict[str, Any]:
+    def calibration_record(self) -> dict[str, Any]:
+        """Which samples a stage was fitted on, for a manifest."""
         chosen = self.calibration_set
         return {
             "dataset": chosen.name,
@@ -478,7 +416,7 @@ class Conversion:
             return
         from edgekit.probe import probe_model
 
-        identity = {"step": "probe", "parent": self.source[2], "data": self._data_digest()}
+        identity = {"step": "probe", "parent": self.source[2], "data": self.data_digest()}
         told = self._remembered(identity, lambda: {"told": probe_model(self.source[0], self.bound)})["told"]
         if told:
             self.warnings.append(told)
@@ -513,13 +451,6 @@ def _left_float(plan: Mapping[str, Any] | None) -> list[str]:
     told = "; ".join(f"{count}: {reason}" for reason, count in reasons)
     whole = len(plan["float_nodes"]) + len(plan["quantized"])
     return [f"{len(plan['float_nodes'])} of {whole} operators stay float ({told})"]
-
-
-def _wider(layers: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """How many weights have more bits than the fewest; empty when all have the same."""
-    counts = Counter(layer["bits"] for layer in layers.values())
-    told = ", ".join(f"{counts[bits]} have {bits} bits" for bits in sorted(counts))
-    return [f"of {len(layers)} weights {told}"] if len(counts) > 1 else []
 
 
 def _blamed(plan: Mapping[str, Any] | None) -> list[str]:
