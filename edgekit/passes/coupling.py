@@ -15,8 +15,11 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
+from edgekit.passes import fold_graph as G
+
 Array = np.ndarray[Any, Any]
 Role = Literal["out", "in", "along"]
+Pattern = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Work:
 class Family:
     """Channels that one decision is about: units of one kind, which the same constants hold.
 
-    units: a root label each. name: of the node that makes them. sizes: for each site, positions per unit.
+    units: a root label each, int64, ascending. name: of the node that makes them.
     """
 
     name: str
@@ -73,39 +76,39 @@ class Coupling:
     numbers: list[Number] = field(default_factory=list)
     works: list[Work] = field(default_factory=list)
     splits: dict[Pattern, int] = field(default_factory=dict)  # how axes were split: pattern -> chosen axis
-    _parent: list[int] = field(default_factory=list)
-    _born: list[int] = field(default_factory=list)  # label -> the array it was made in
+    _births: list[int] = field(default_factory=list)  # how many labels each array was made with
     _names: list[str] = field(default_factory=list)  # of the arrays
-    _kin: list[int] = field(default_factory=list)  # union-find over arrays
-    _frozen: dict[int, str] = field(default_factory=dict)
+    _joined: list[tuple[Array, Array]] = field(default_factory=list)
+    _frozen: list[tuple[Array, str]] = field(default_factory=list)
+    _count: int = 0
+    _known: Array | None = None  # the root of every label, once asked for
 
     # --- building ----------------------------------------------------------------------------------
     def fresh(self, count: int, name: str) -> Array:
-        first, array = len(self._parent), len(self._names)
-        self._parent.extend(range(first, first + count))
-        self._born.extend([array] * count)
+        first = self._count
+        self._count += count
+        self._births.append(count)
         self._names.append(name)
-        self._kin.append(array)
-        return np.arange(first, first + count)
+        self._known = None
+        return np.arange(first, self._count)
 
     def join(self, a: Array, b: Array) -> None:
-        for left, right in zip(a.tolist(), b.tolist(), strict=True):
-            one, other = self.root(left), self.root(right)
-            if one != other:
-                self._parent[max(one, other)] = min(one, other)
-                one, other = self._ancestor(self._born[left]), self._ancestor(self._born[right])
-                self._kin[max(one, other)] = min(one, other)
+        """Position by position; raises ValueError for arrays of two sizes."""
+        if len(a) != len(b):
+            raise ValueError(f"{len(a)} labels cannot be joined with {len(b)}")
+        if a is not b:
+            self._joined.append((a, b))
+            self._known = None
 
     def gather(self, labels: Array, like: Array) -> Array:
         """One label for each distinct number in `like`, which says for each label what it is joined with."""
-        firsts = np.unique(like, return_index=True)[1]
+        _, firsts, which = np.unique(like, return_index=True, return_inverse=True)
         representative = labels[firsts]
-        self.join(representative[like], labels)
+        self.join(representative[which], labels)
         return representative
 
     def freeze(self, labels: Array, why: str) -> None:
-        for label in labels.tolist():
-            self._frozen.setdefault(label, why)
+        self._frozen.append((labels, why))
 
     def freeze_value(self, value: ir.Value | None, why: str) -> None:
         for labels in self.axes(value).values():
@@ -119,42 +122,41 @@ class Coupling:
 
     # --- asking ------------------------------------------------------------------------------------
     def root(self, label: int) -> int:
-        parent = self._parent
-        while parent[label] != label:
-            parent[label] = parent[parent[label]]
-            label = parent[label]
-        return label
+        return int(self._all_roots()[label])
 
     def roots(self, labels: Array) -> Array:
-        return np.array([self.root(n) for n in np.asarray(labels).tolist()], np.int64)
+        return self._all_roots()[labels]
 
-    def _ancestor(self, array: int) -> int:
-        while self._kin[array] != array:
-            self._kin[array] = self._kin[self._kin[array]]
-            array = self._kin[array]
-        return array
+    def _all_roots(self) -> Array:
+        if self._known is None:
+            self._known = components(self._count, self._joined)
+        return self._known
+
+    def _kin(self) -> Array:
+        """For each label the first of the arrays whose labels are joined with those of its own array."""
+        born = np.repeat(np.arange(len(self._births)), self._births)
+        return components(len(self._births), [(born[a], born[b]) for a, b in self._joined])[born]
 
     @property
     def count(self) -> int:
-        return len(self._parent)
+        return self._count
 
     def families(self) -> list[Family]:
         """All of them, frozen ones too, in the order of the nodes that make them. A family is frozen as a whole."""
-        units: dict[int, dict[int, None]] = {}
-        for label in range(self.count):
-            units.setdefault(self._ancestor(self._born[label]), {}).setdefault(self.root(label))
+        kin, roots = self._kin(), self._all_roots()
         why: dict[int, str] = {}
-        for label, reason in self._frozen.items():
-            why.setdefault(self._ancestor(self._born[label]), reason)
-        read = {self._ancestor(self._born[int(n)]) for s in self.sites if s.role == "in" for n in s.labels}
-        return [
-            Family(
-                self._names[kin],
-                np.array(sorted(roots), np.int64),
-                why.get(kin, "" if kin in read else "no weights read these channels"),
-            )
-            for kin, roots in sorted(units.items())
-        ]
+        for labels, reason in self._frozen:
+            for family in np.unique(kin[labels]).tolist():
+                why.setdefault(family, reason)
+        read = {n for s in self.sites if s.role == "in" for n in np.unique(kin[s.labels]).tolist()}
+        units = np.flatnonzero(roots == np.arange(self._count))
+        out = []
+        for family in np.unique(kin).tolist():
+            own = units[kin[units] == family]
+            alone = "these channels can only go all together" if len(own) < 2 else ""
+            unread = "" if family in read else "no weights read these channels"
+            out.append(Family(self._names[family], own, why.get(family, alone or unread)))
+        return out
 
     def everything(self) -> Array:
         """bool per label: keep all."""
@@ -163,11 +165,35 @@ class Coupling:
     def without(self, units: Iterable[int]) -> Array:
         """bool per label: all but those whose root is one of `units`."""
         gone = np.zeros(self.count, bool)
-        gone[list(units)] = True
-        return ~gone[self.roots(np.arange(self.count))]
+        gone[np.fromiter(units, np.int64)] = True
+        return ~gone[self._all_roots()]
+
+    def emptied(self, keep: Array) -> str:
+        """The first value that has no position left along some axis, as a part of a Split may; "" if none."""
+        for name, axes in self.on.items():
+            if any(len(labels) and not keep[labels].any() for labels in axes.values()):
+                return name
+        return ""
 
 
-Pattern = tuple[tuple[int, ...], tuple[int, ...]]
+def components(count: int, pairs: Sequence[tuple[Array, Array]]) -> Array:
+    """The smallest member of each number's component: int64 (count,); pairs: arrays of numbers joined one to one.
+
+    Trees are hooked under smaller ones and flattened, all at once, until no pair lies in two (Shiloach & Vishkin 1982).
+    """
+    root = np.arange(count)
+    if not pairs:
+        return root
+    a, b = (np.concatenate([np.asarray(pair[side]) for pair in pairs]) for side in (0, 1))
+    while True:
+        one, other = root[a], root[b]
+        apart = one != other
+        if not apart.any():
+            return root
+        a, b, one, other = a[apart], b[apart], one[apart], other[apart]
+        np.minimum.at(root, np.maximum(one, other), np.minimum(one, other))
+        while not np.array_equal(above := root[root], root):
+            root = above
 
 
 @dataclass
@@ -199,6 +225,25 @@ def sizes(value: ir.Value | None) -> list[int | None] | None:
     if value is None or value.shape is None:
         return None
     return [d if isinstance(d, int) else None for d in value.shape]
+
+
+def macs(node: ir.Node) -> float:
+    """Multiply-accumulates per sample as the graph stands, 0 if the operator has none or a size is unknown."""
+    x, weight = sizes(node.inputs[0]) if node.inputs else None, sizes(node.inputs[1]) if len(node.inputs) > 1 else None
+    if x is None or weight is None:
+        return 0.0
+    if node.op_type in ("Conv", "ConvTranspose"):
+        return per_sample(node.inputs[0] if node.op_type == "ConvTranspose" else node.outputs[0]) * _product(weight[1:])
+    if node.op_type in ("MatMul", "Gemm"):
+        last = 0 if node.op_type == "Gemm" and G.integer(node, "transA", 0) else len(x) - 1
+        return per_sample(node.outputs[0]) * (x[last] or 1)
+    if node.op_type in ("LSTM", "GRU", "RNN"):
+        return _product(x[:2]) * (_product(weight) + _product(sizes(node.inputs[2]) or ()))
+    return 0.0
+
+
+def _product(dims: Iterable[int | None]) -> float:
+    return float(np.prod([d or 1 for d in dims]))
 
 
 def per_sample(value: ir.Value | None) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgekit.passes import fold_graph as G
-from edgekit.passes.coupling import Array, Role, per_sample, sizes
+from edgekit.passes.coupling import Array, Role, macs, sizes
 
 if TYPE_CHECKING:
     from edgekit.passes.coupling_trace import Tracer
@@ -27,30 +27,28 @@ def conv(t: Tracer, node: ir.Node) -> bool:
     channels = int(weight.shape[1]) * groups
     given = t.reads(x, 1, channels)
     t.only(node, x, (1,))
-    macs = per_sample(y) * float(np.prod(weight.shape[1:]))
+    work = macs(node)
     if groups == 1:
         made = found.fresh(outputs, node.name or "")
         if given is not None:
             t.site(node, 1, 1, given, "in")
-        t.work(node, macs, made, given)
+        t.work(node, work, made, given)
     elif groups == channels:  # depthwise: outputs c*m … c*m+m-1 read channel c
         if given is None:
             given = found.fresh(channels, node.name or "")
             found.freeze(given, f"the inputs of '{node.name}' have no channels of their own")
         made, role = np.repeat(given, outputs // channels), "along"
         t.number(node, "group", 0, given)
-        t.work(node, macs, made)
+        t.work(node, work, made)
     else:  # every group keeps as many: position j of all groups goes or stays
-        made = found.fresh(outputs, node.name or "")
-        made = found.gather(made, np.tile(np.arange(outputs // groups), groups))[
-            np.tile(np.arange(outputs // groups), groups)
-        ]
+        position = np.tile(np.arange(outputs // groups), groups)
+        made = found.gather(found.fresh(outputs, node.name or ""), position)[position]
         inside = None
         if given is not None:
             like = np.tile(np.arange(channels // groups), groups)
             inside = found.gather(given, like)
             t.site(node, 1, 1, inside, "in")
-        t.work(node, macs, made, inside)
+        t.work(node, work, made, inside)
     t.site(node, 1, 0, made, role)
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         t.site(node, 2, 0, made, "along")
@@ -65,18 +63,18 @@ def conv_transpose(t: Tracer, node: ir.Node) -> bool:
     found, groups, channels = t.found, G.integer(node, "group", 1), int(weight.shape[0])
     given = t.reads(x, 1, channels)
     t.only(node, x, (1,))
-    macs = per_sample(x) * float(np.prod(weight.shape[1:]))
+    work = macs(node)
     if groups == 1:
         made = found.fresh(int(weight.shape[1]), node.name or "")
         if given is not None:
             t.site(node, 1, 0, given, "in")
         t.site(node, 1, 1, made, "out")
-        t.work(node, macs, made, given)
+        t.work(node, work, made, given)
     elif groups == channels and weight.shape[1] == 1 and given is not None:
         made = given
         t.site(node, 1, 0, made, "along")
         t.number(node, "group", 0, made)
-        t.work(node, macs, made)
+        t.work(node, work, made)
     else:
         return False
     if len(node.inputs) > 2 and node.inputs[2] is not None:
@@ -103,7 +101,7 @@ def gemm(t: Tracer, node: ir.Node) -> bool:
     bias = G.array(node.inputs[2]) if len(node.inputs) > 2 else None
     if bias is not None and bias.ndim and bias.shape[-1] == len(made):
         t.site(node, 2, bias.ndim - 1, made, "along")
-    t.work(node, per_sample(y) * weight.shape[read], made, given)
+    t.work(node, macs(node), made, given)
     t.found.put(y, 1, made)
     return True
 
@@ -124,7 +122,7 @@ def matmul(t: Tracer, node: ir.Node) -> bool:
         if given is not None:
             t.site(node, 1, 0, given, "in")
         t.site(node, 1, 1, made, "out")
-        t.work(node, per_sample(y) * right.shape[0], made, given, *others.values())
+        t.work(node, macs(node), made, given, *others.values())
         return t.pass_axes(node, {**others, last: made})
     other = sizes(b)
     if G.array(a) is not None or other is None or len(rank) < 2 or len(other) < 2:
@@ -137,22 +135,24 @@ def _contraction(t: Tracer, node: ir.Node, left: Sequence[Any], right: Sequence[
     found, a, b = t.found, t.found.axes(node.inputs[0]), t.found.axes(node.inputs[1])
     inner = (a.get(len(left) - 1), b.get(len(right) - 2))
     if inner[0] is not None and inner[1] is not None:
-        found.join(inner[0], inner[1])
+        t.together(inner[0], inner[1], node)
     else:
         for labels in inner:
             if labels is not None:
                 found.freeze(labels, f"MatMul node '{node.name}' sums over that axis")
     rank = len(shape)
-    out = aligned(t, [(a, left, len(left) - 2), (b, right, len(right) - 2)], rank - 2)
+    out = aligned(t, node, [(a, left, len(left) - 2), (b, right, len(right) - 2)], rank - 2)
     if (rows := a.get(len(left) - 2)) is not None:
         out[rank - 2] = rows
     if (columns := b.get(len(right) - 1)) is not None:
         out[rank - 1] = columns
-    t.work(node, per_sample(node.outputs[0]) * float(left[-1] or 1), *out.values(), inner[0])
+    t.work(node, macs(node), *out.values(), inner[0])
     return t.pass_axes(node, out)
 
 
-def aligned(t: Tracer, operands: Sequence[tuple[dict[int, Array], Sequence[Any], int]], rank: int) -> dict[int, Array]:
+def aligned(
+    t: Tracer, node: ir.Node, operands: Sequence[tuple[dict[int, Array], Sequence[Any], int]], rank: int
+) -> dict[int, Array]:
     """Labels of the first `rank` axes of a broadcast; operands: (labels, sizes, how many of their axes take part)."""
     out: dict[int, Array] = {}
     for axis in range(rank):
@@ -160,16 +160,19 @@ def aligned(t: Tracer, operands: Sequence[tuple[dict[int, Array], Sequence[Any],
         bare = False
         for labels, size, count in operands:
             own = axis - (rank - count)
-            if own < 0 or size[own] == 1:
+            if own < 0:
                 continue
-            if own in labels:
+            if size[own] == 1:
+                if own in labels:
+                    t.found.freeze(labels[own], "a single channel")
+            elif own in labels:
                 here.append(labels[own])
             else:
                 bare = True
         if not here:
             continue
         for other in here[1:]:
-            t.found.join(here[0], other)
+            t.together(here[0], other, node)
         if bare:
             t.found.freeze(here[0], "meets a value whose channels stay")
         out[axis] = here[0]
@@ -203,9 +206,9 @@ def recurrent(t: Tracer, node: ir.Node) -> bool:
     if given[7] is not None:
         t.site(node, 7, 1, np.tile(made, 3), "along")
     t.number(node, "hidden_size", 0, made)
-    steps = (sizes(given[0]) or [1])[0] or 1
-    t.work(node, float(steps * w.size), made, inputs)
-    t.work(node, float(steps * r.size), made, made)
+    share = w.size / (w.size + r.size)
+    t.work(node, macs(node) * share, made, inputs)
+    t.work(node, macs(node) * (1 - share), made, made)
     for position, value in enumerate(node.outputs):
         if value.name:
             found.put(value, 3 if position == 0 else 2, made)
@@ -214,9 +217,13 @@ def recurrent(t: Tracer, node: ir.Node) -> bool:
 
 # --- per channel ------------------------------------------------------------------------------------
 def unary(t: Tracer, node: ir.Node) -> bool:
-    if len(node.outputs) > 1 and node.outputs[1].uses():
+    if _read(node.outputs[1:]):
         return False
     return t.pass_axes(node, t.found.axes(node.inputs[0]))
+
+
+def _read(values: Sequence[ir.Value]) -> bool:
+    return any(v.uses() or v.is_graph_output() for v in values)
 
 
 def broadcast(t: Tracer, node: ir.Node) -> bool:
@@ -233,7 +240,7 @@ def broadcast(t: Tracer, node: ir.Node) -> bool:
         operands.append((t.found.axes(value), size, len(size)))
     if shape is None:
         return False
-    out = aligned(t, operands, len(shape))
+    out = aligned(t, node, operands, len(shape))
     for position, dims in constants:
         for axis, labels in out.items():
             own = axis - (len(shape) - len(dims))
@@ -243,7 +250,7 @@ def broadcast(t: Tracer, node: ir.Node) -> bool:
 
 
 def pool(t: Tracer, node: ir.Node) -> bool:
-    if len(node.outputs) > 1 and node.outputs[1].uses():
+    if _read(node.outputs[1:]):
         return False
     t.only(node, node.inputs[0], (0, 1))
     return t.pass_axes(node, {k: v for k, v in t.found.axes(node.inputs[0]).items() if k < 2})
@@ -251,7 +258,7 @@ def pool(t: Tracer, node: ir.Node) -> bool:
 
 def channelwise(t: Tracer, node: ir.Node) -> bool:
     """Batch and instance normalization: parameters per channel, axis 1."""
-    if any(G.array(v) is None for v in node.inputs[1:]) or any(o.uses() for o in node.outputs[1:]):
+    if any(G.array(v) is None for v in node.inputs[1:]) or _read(node.outputs[1:]):
         return False
     t.only(node, node.inputs[0], (1,))
     labels = t.found.axes(node.inputs[0]).get(1)
@@ -265,10 +272,11 @@ def channelwise(t: Tracer, node: ir.Node) -> bool:
 def along_axis(t: Tracer, node: ir.Node) -> bool:
     """Softmax and the like: what runs along the axis stays."""
     rank = sizes(node.inputs[0])
-    if rank is None or any(o.uses() for o in node.outputs[1:]):
+    if rank is None or _read(node.outputs[1:]):
         return False
     axis = G.integer(node, "axis", -1) % len(rank)
-    kept = [a for a in range(len(rank)) if (a < axis if node.op_type == "LayerNormalization" else a != axis)]
+    onwards = node.op_type in ("LayerNormalization", "RMSNormalization")
+    kept = [a for a in range(len(rank)) if (a < axis if onwards else a != axis)]
     t.only(node, node.inputs[0], kept)
     return t.pass_axes(node, {a: labels for a, labels in t.found.axes(node.inputs[0]).items() if a in kept})
 

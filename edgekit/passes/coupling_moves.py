@@ -31,9 +31,9 @@ def concat(t: Tracer, node: ir.Node) -> bool:
     if first is None or any(r is None for r in ranks):
         return False
     axis = G.integer(node, "axis", 0) % len(first)
-    others = [(t.found.axes(v), [1 if a == axis else d for a, d in enumerate(r or ())], len(first))
+    others = [({a: labels for a, labels in t.found.axes(v).items() if a != axis}, r or (), len(first))
               for v, r in zip(node.inputs, ranks, strict=True)]  # fmt: skip
-    out = aligned(t, others, len(first))
+    out = aligned(t, node, others, len(first))
     parts = [t.found.axes(v).get(axis) for v in node.inputs]
     if any(p is not None for p in parts):
         full = []
@@ -125,6 +125,13 @@ def depth_to_space(t: Tracer, node: ir.Node) -> bool:
     return t.pass_axes(node, {1: t.found.gather(labels, like)})
 
 
+def space_to_depth(t: Tracer, node: ir.Node) -> bool:
+    """Every position of a block gets all channels, the position outside."""
+    labels = t.found.axes(node.inputs[0]).get(1)
+    t.only(node, node.inputs[0], (0, 1))
+    return t.pass_axes(node, {} if labels is None else {1: np.tile(labels, G.integer(node, "blocksize", 1) ** 2)})
+
+
 def pad(t: Tracer, node: ir.Node) -> bool:
     """An axis that grows freezes, and so does one that is shifted."""
     amounts, rank = G.array(node.inputs[1]) if len(node.inputs) > 1 else None, sizes(node.inputs[0])
@@ -139,9 +146,15 @@ def pad(t: Tracer, node: ir.Node) -> bool:
 
 def resize(t: Tracer, node: ir.Node) -> bool:
     given, target = t.found.axes(node.inputs[0]), G.array(node.inputs[3]) if len(node.inputs) > 3 else None
-    axes = G.integers(node, "axes")
+    axes, rank = G.integers(node, "axes"), len(sizes(node.inputs[0]) or ())
+    scales = G.array(node.inputs[2]) if len(node.inputs) > 2 else None
+    if G.text(node, "keep_aspect_ratio_policy", "stretch") != "stretch":
+        return False
+    if scales is not None and scales.size:
+        scaled = {a % rank for a in axes} if axes is not None else set(range(rank))
+        t.only(node, node.inputs[0], [a for a, s in zip(sorted(scaled), scales, strict=True) if s == 1]
+               + [a for a in range(rank) if a not in scaled])  # fmt: skip
     if target is not None:
-        rank = len(sizes(node.inputs[0]) or ())
         resized = [a % rank for a in axes] if axes is not None and rank else list(range(len(target)))
         for axis, labels in given.items():
             if axis in resized:
@@ -257,10 +270,15 @@ def _block(
     if len(ins) > 1:
         return False
     apart = tuple(int(shapes[1][a]) for a in outs)
+    where = np.unravel_index(np.arange(len(labels)), apart)
+    for at, like in enumerate(where):  # labels that repeat along the others, as a batch beside them makes them
+        own = labels[np.unique(like, return_index=True)[1]]
+        if apart[at] < len(labels) and np.array_equal(own[like], labels):
+            t.found.put(node.outputs[0], outs[at], own)
+            return True
     pattern: Pattern = ((len(labels),), apart)
     chosen = t.found.splits.setdefault(pattern, t.choices.get(pattern, 0))
-    like = np.unravel_index(np.arange(len(labels)), apart)[chosen]
-    t.found.put(node.outputs[0], outs[chosen], t.found.gather(labels, like))
+    t.found.put(node.outputs[0], outs[chosen], t.found.gather(labels, where[chosen]))
     return True
 
 
@@ -308,5 +326,6 @@ def squeeze(t: Tracer, node: ir.Node) -> bool:
 
 def shape(t: Tracer, node: ir.Node) -> bool:
     """Sizes that are read while the model runs are right after pruning too, but who uses them is not followed."""
-    start, end = G.integer(node, "start", 0), G.integer(node, "end", len(sizes(node.inputs[0]) or ()))
-    return not any(start <= axis < end for axis in t.found.axes(node.inputs[0]))
+    rank = len(sizes(node.inputs[0]) or ())
+    first, last, _ = slice(G.integer(node, "start", 0), G.integer(node, "end", rank)).indices(rank)
+    return not any(first <= axis < last for axis in t.found.axes(node.inputs[0]))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from edgekit.passes import coupling_layers as L
 from edgekit.passes import coupling_moves as M
 from edgekit.passes import fold_graph as G
-from edgekit.passes.coupling import Array, Coupling, Number, Pattern, Role, Site, Work, sizes
+from edgekit.passes.coupling import Array, Coupling, Number, Pattern, Role, Site, Work, macs, sizes
 
 # element by element, one operand; whatever they make of 0
 UNARY = (
@@ -34,19 +35,22 @@ def trace(model: ir.Model) -> Coupling:
         options = [axis for axis, size in enumerate(pattern[1]) if size > 1]
         best = found
         for axis in options:
-            if axis != found.splits[pattern]:
+            if axis != found.splits.get(pattern, axis):  # an earlier choice may have left nothing to split
                 other = Tracer(model, {**chosen, pattern: axis}).run()
                 if _free(other) > _free(best):
                     best = other
-        chosen[pattern] = best.splits[pattern]
+        if pattern in best.splits:
+            chosen[pattern] = best.splits[pattern]
         found = best
     return found
 
 
-def _free(found: Coupling) -> float:
-    """How many positions of weights may go, of all sites."""
-    free = {int(u) for family in found.families() if not family.frozen for u in family.units}
-    return float(sum(len(s.labels) for s in found.sites if s.role != "along" and found.root(int(s.labels[0])) in free))
+def _free(found: Coupling) -> tuple[int, int]:
+    """How many positions of weights may go, of all sites, and in how many units."""
+    free = [f.units for f in found.families() if not f.frozen]
+    may = np.zeros(found.count, bool)
+    may[np.concatenate(free or [np.array([], np.int64)])] = True
+    return sum(int(may[found.roots(s.labels)].sum()) for s in found.sites if s.role != "along"), int(may.sum())
 
 
 class Tracer:
@@ -63,6 +67,7 @@ class Tracer:
             self._captured(node)
             rule = RULES.get(node.op_type) if G.is_op(node, node.op_type) else None
             if rule is None or not rule(self, node):
+                self.work(node, macs(node))
                 for value in node.inputs:
                     found.freeze_value(value, f"{node.op_type} node '{node.name}' is not understood")
                 for value in node.outputs:
@@ -77,9 +82,9 @@ class Tracer:
         for attribute in node.attributes.values():
             if isinstance(attribute, ir.Attr) and attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
                 graphs = [attribute.value] if attribute.type == ir.AttributeType.GRAPH else attribute.value
-                for inner in (n for graph in graphs for n in ir.traversal.RecursiveGraphIterator(graph)):
-                    for value in inner.inputs:
-                        self.found.freeze_value(value, f"control flow: {node.op_type} node '{node.name}'")
+                read = [v for g in graphs for n in ir.traversal.RecursiveGraphIterator(g) for v in n.inputs]
+                for value in (*read, *(v for g in graphs for v in g.outputs)):
+                    self.found.freeze_value(value, f"control flow: {node.op_type} node '{node.name}'")
 
     def _shared(self) -> None:
         """Weights that several nodes share stay shared: their sites get the same labels, or none may go."""
@@ -112,14 +117,15 @@ class Tracer:
     def work(self, node: ir.Node, macs: float, *factors: Array | None) -> None:
         self.found.works.append(Work(node.name or "", macs, tuple(f for f in factors if f is not None)))
 
-    def pass_axes(self, node: ir.Node, axes: dict[int, Array], why: str = "") -> bool:
+    def pass_axes(self, node: ir.Node, axes: dict[int, Array]) -> bool:
         """The first output gets these labels; the axes that it does not have in that size freeze."""
         shape = sizes(node.outputs[0])
         for axis, labels in axes.items():
             if shape is not None and axis < len(shape) and shape[axis] in (None, len(labels)):
                 self.found.put(node.outputs[0], axis, labels)
             else:
-                self.found.freeze(labels, why or f"{node.op_type} node '{node.name}' changes the size of that axis")
+                does = "has a result of unknown sizes" if shape is None else "changes the size of that axis"
+                self.found.freeze(labels, f"{node.op_type} node '{node.name}' {does}")
         return True
 
     def reads(self, value: ir.Value | None, axis: int, size: int) -> Array | None:
@@ -129,6 +135,13 @@ class Tracer:
             self.found.freeze(labels, "read by weights of another size")
             return None
         return labels
+
+    def together(self, a: Array, b: Array, node: ir.Node) -> None:
+        if len(a) == len(b):
+            self.found.join(a, b)
+        else:  # one of them lies on an axis that holds the batch too
+            for labels in (a, b):
+                self.found.freeze(labels, f"{node.op_type} node '{node.name}' meets another size")
 
     def only(self, node: ir.Node, value: ir.Value | None, kept: Sequence[int]) -> None:
         """Freeze the labels on other axes."""
@@ -155,6 +168,7 @@ RULES: dict[str, Callable[[Tracer, ir.Node], bool]] = {
     "Slice": M.cut,
     "Gather": M.gather,
     "DepthToSpace": M.depth_to_space,
+    "SpaceToDepth": M.space_to_depth,
     "Pad": M.pad,
     "Resize": M.resize,
     "Expand": M.expand,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -12,6 +13,7 @@ from edgekit.passes import fold_runtime
 
 # Two batches tell apart all sizes that are linear in the batch. Small, as tensors of them may become constants.
 _PROBES = (7, 13)
+_SMALL = 1024  # elements; constants that say sizes, axes or repeats have fewer
 Sizes = tuple[int | str | None, ...]
 
 
@@ -27,12 +29,14 @@ def annotate(model: ir.Model, *, thorough: bool = False) -> None:
 
     A size is an int, the batch symbol, "k*batch", or unknown where ONNX's inference does not know; then what is already
     written on the value stays. thorough: let ONNX Runtime compute every shape that follows from the batch.
-    Models over protobuf's 2 GiB keep the shapes they have.
+    Thorough, models over protobuf's 2 GiB keep the shapes they have.
     """
     proto = M.to_proto(model)
+    symbols = _batch_symbols(proto)
+    if not thorough:
+        _lighten(proto)
     if proto.ByteSize() >= M.PROTOBUF_LIMIT:
         return
-    symbols = _batch_symbols(proto)
     base = _inferred(proto, None, symbols)
     known: dict[str, Sizes] = {name: _sizes(info) for name, info in base.items()}
     if len(symbols) == 1:
@@ -46,6 +50,18 @@ def annotate(model: ir.Model, *, thorough: bool = False) -> None:
         value.dtype = ir.DataType(info.type.tensor_type.elem_type)
         if info.type.tensor_type.HasField("shape") or known[info.name]:
             value.shape = ir.Shape(_merged(known[info.name], value.shape))
+
+
+def _lighten(proto: onnx.ModelProto) -> None:
+    """Turn weights into inputs of their sizes, in place: inference copies them again and again, and reads none."""
+    given = {v.name for v in proto.graph.input}
+    for tensor in proto.graph.initializer:
+        if np.prod(tensor.dims) > _SMALL and tensor.name not in given:
+            value = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            proto.graph.input.append(value)
+    kept = [t for t in proto.graph.initializer if np.prod(t.dims) <= _SMALL or t.name in given]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)
 
 
 def _merged(sizes: Sizes, old: ir.Shape | None) -> Sizes:

@@ -38,7 +38,7 @@ def cut(model: ir.Model, coupling: Coupling, keep: Array) -> ir.Model:
     out = M.clone(model)
     nodes = {n.name: n for n in out.graph}
     _slice(out, nodes, coupling.sites, keep)
-    for number in coupling.numbers:
+    for number in coupling.numbers if not keep.all() else ():  # a Slice may count from the end: all are written anew
         kept, node = int(keep[number.labels].sum()), nodes[number.node]
         if isinstance(number.where, str):
             node.attributes[number.where] = ir.AttrInt64(number.where, kept)
@@ -52,6 +52,8 @@ def cut(model: ir.Model, coupling: Coupling, keep: Array) -> ir.Model:
                 G.set_constant(node, number.where, f"{node.name}/{number.where}", changed)
     fold_shapes.forget(out)
     fold_shapes.annotate(out)
+    for value, before in zip(out.graph.outputs, model.graph.outputs, strict=True):
+        value.shape = None if before.shape is None else before.shape.copy()  # inference may name a size anew
     return out
 
 
@@ -82,9 +84,10 @@ def _first(pair: tuple[int, Array]) -> int:
 
 
 def check(model: ir.Model) -> None:
-    """Raise ConversionMismatchError if the cut model does not load: a rule of `coupling` is wrong."""
+    """Raise ConversionMismatchError if the cut model does not run, on one sample: a rule of `coupling` is wrong."""
+    sig = M.signature(model)
     try:
-        M.FloatSession(model)
+        M.FloatSession(model).run(M.seeded_inputs(sig, M.batch_of(sig) or 1))
     except Exception as error:
         raise ConversionMismatchError(
             f"the pruned model does not run: {M.runtime_message(error)}", "please report this model"
