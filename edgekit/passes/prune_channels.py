@@ -1,0 +1,176 @@
+"""Removes channels from the graph and repairs what is left, without labels or training.
+
+decide: channels of each family in the order in which they are missed least (`prune_importance`), what the output
+suffers by the number that goes (`prune_damage`), how many go of each under a budget (`prune_allocate`). apply: cut them
+out (`surgery`), fit the layers that are left to the float model's results (`prune_repair`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from edgekit.errors import UnsupportedOpError
+from edgekit.passes import fold_graph as G
+from edgekit.passes.coupling import Coupling, Family, Meter
+from edgekit.passes.coupling_trace import trace
+from edgekit.passes.judge import Judge
+from edgekit.passes.prune_allocate import Choice, Cost, allocate, widths
+from edgekit.passes.prune_damage import curve
+from edgekit.passes.prune_grams import layer_of, moments
+from edgekit.passes.prune_importance import Importance, order
+from edgekit.passes.prune_plan import FamilyPlan, Measure, PruningPlan, numbers
+from edgekit.passes.prune_repair import repair
+from edgekit.passes.reconstruct import affordable
+from edgekit.passes.surgery import check, cut, ready
+from edgekit.report.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from edgekit.dataset import Dataset
+
+Array = np.ndarray[Any, Any]
+# Shares of a family that are taken away to measure what the output suffers.
+STOPS = (0.125, 0.25, 0.5, 0.75, 0.9)
+JUDGES = 128  # samples that it is measured on
+
+
+@dataclass(frozen=True)
+class PruneChannels:
+    """The pass `prune_channels`: the same inputs and outputs, fewer channels between.
+
+    budget: the share of `measure` to keep at most: multiply-accumulates or parameters. multiple: channel counts that
+    the target's kernels like. importance: reconstruction (OBS), activation (magnitude times activation) or magnitude.
+    keep: names of families that stay whole. Fitted on the data, judged on `held`, or on the last fifth without it.
+    """
+
+    budget: float = 0.5
+    measure: Measure = "macs"
+    multiple: int = 8
+    importance: Importance = "reconstruction"
+    keep: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __call__(self, model: ir.Model, data: Dataset | None) -> ir.Model:
+        if data is None:
+            raise UnsupportedOpError("pruning fits layers to data", "pass a few hundred samples")
+        return self.apply(model, self.plan(model, data, data), data)[0]
+
+    def plan(self, model: ir.Model, data: Dataset, held: Dataset, progress: Progress = silent) -> PruningPlan:
+        """model: float, folded. data: bound to it, channels are chosen by it. held: other samples, to judge with."""
+        model = prepared_for_pruning(model)
+        coupling = trace(model)
+        families = coupling.families()
+        free = [f for f in families if not f.frozen and len(f.units) > 1 and f.name not in self.keep]
+        if not free:
+            told = "; ".join(f"{f.name}: {f.frozen or 'one channel'}" for f in families[:4]) or "no weights"
+            raise UnsupportedOpError(f"nothing in this model can be pruned ({told})", "leave --prune out")
+        choices = self._choices(model, coupling, free, data, held, progress)
+        meter = Meter(coupling, sizes(model))
+        cost = Cost(coupling, free, _terms(model, coupling, self.measure))
+        kept = allocate(choices, cost, self.budget * cost(np.ones(len(free))))
+        plans = {}
+        for choice, width in zip(choices, kept, strict=True):
+            family = choice.family
+            stops = sorted(choice.order.weights)
+            plans[family.name] = FamilyPlan(
+                family.name, len(family.units), width, numbers(family, choice.order.units),
+                tuple((s, round(choice.curve.at(s), 6)) for s in stops),
+            )  # fmt: skip
+        rows = [plans.get(f.name) or _whole(f, self.keep) for f in families]
+        draft = PruningPlan(self.measure, self.budget, 1.0, 1.0, self.importance, tuple(rows))
+        keep, everything = draft.kept(coupling), coupling.everything()
+        macs, parameters = meter.macs(everything), meter.parameters(everything)
+        return PruningPlan(
+            self.measure, self.budget, meter.macs(keep) / max(macs, 1.0), meter.parameters(keep) / max(parameters, 1.0),
+            self.importance, tuple(rows),
+        )  # fmt: skip
+
+    def apply(
+        self, model: ir.Model, plan: PruningPlan, data: Dataset, progress: Progress = silent
+    ) -> tuple[ir.Model, dict[str, float]]:
+        """(the pruned and repaired model, per node its error as a share of that before the repair)."""
+        model = prepared_for_pruning(model)
+        coupling = trace(model)
+        keep = plan.kept(coupling)
+        pruned = cut(model, coupling, keep)
+        check(pruned)
+        batches = affordable(model, data, frozenset())
+        return pruned, repair(model, pruned, coupling, keep, batches, seed=self.seed, progress=progress)
+
+    def _choices(
+        self,
+        model: ir.Model,
+        coupling: Coupling,
+        families: Sequence[Family],
+        data: Dataset,
+        held: Dataset,
+        progress: Progress,
+    ) -> list[Choice]:
+        progress("measure what channels carry", 0, 0)
+        readers = sorted({s.node for s in coupling.sites if s.role == "in"})
+        found = dict(moments(model, readers, data, self.seed))
+        judge = Judge(model, held, frozenset(), 64, most=JUDGES)
+        choices = []
+        for done, family in enumerate(families):
+            progress("measure what the output suffers", done, len(families))
+            units = len(family.units)
+            stops = sorted({max(1, int(units * share)) for share in STOPS} & set(range(1, units)))
+            ranked = order(coupling, family, found, stops, self.importance)
+            counts = widths(units, _positions(coupling, family), self.multiple)
+            choices.append(
+                Choice(family, ranked, curve(model, coupling, family, ranked, judge, len(judge.inputs)), counts)
+            )
+        return choices
+
+
+def prepared_for_pruning(model: ir.Model) -> ir.Model:
+    """`ready`, every layer with a bias, which repair needs."""
+    model = ready(model)
+    for node in model.graph:
+        if G.is_op(node, "Conv", "Gemm") and (len(node.inputs) < 3 or node.inputs[2] is None):
+            layer = layer_of(node)
+            if layer is not None:
+                G.set_constant(
+                    node, 2, f"{node.name}/bias", np.zeros(layer.weight.shape[0] * layer.weight.shape[2], np.float32)
+                )
+    return model
+
+
+def sizes(model: ir.Model) -> dict[str, tuple[int, ...]]:
+    """ "node:position" -> shape, of the floating point constants that nodes read."""
+    found = {}
+    for node in model.graph:
+        for position, value in enumerate(node.inputs):
+            array = G.array(value)
+            if array is not None and np.issubdtype(array.dtype, np.floating):
+                found[f"{node.name}:{position}"] = array.shape
+    return found
+
+
+def _terms(model: ir.Model, coupling: Coupling, measure: Measure) -> list[tuple[float, tuple[Array, ...]]]:
+    if measure == "macs":
+        return [(w.macs, w.factors) for w in coupling.works]
+    axes: dict[str, list[Array]] = {name: [] for name in sizes(model)}
+    for site in coupling.sites:
+        axes.setdefault(f"{site.node}:{site.position}", []).append(site.labels)
+    shapes = sizes(model)
+    return [(float(np.prod(shapes[name])), tuple(found)) for name, found in axes.items() if name in shapes]
+
+
+def _positions(coupling: Coupling, family: Family) -> int:
+    """Channels per unit, in the constant that has fewest of them."""
+    counts = [
+        int(count)
+        for site in coupling.sites
+        if site.role != "along" and (count := (coupling.roots(site.labels) == family.units[0]).sum())
+    ]
+    return min(counts, default=1)
+
+
+def _whole(family: Family, keep: Sequence[str]) -> FamilyPlan:
+    why = family.frozen or ("asked for" if family.name in keep else "one channel")
+    return FamilyPlan(family.name, len(family.units), len(family.units), tuple(range(len(family.units))), (), why)
