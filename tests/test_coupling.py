@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +338,37 @@ def torch_like(*, fixed: bool) -> Any:
 def test_torch_like_graphs(fixed: bool) -> None:
     model = Fold()(torch_like(fixed=fixed), None)
     assert sorted(free(model).values()) == [4, 6, 10]  # pairs of the two groups, positions of both groups, neurons
+    assert C.check_cut(model, M.seeded_inputs(M.signature(model), 2)) > 0
+
+
+_KERAS = """
+import sys, keras
+from keras import layers as L
+image = keras.Input((12, 12, 3), name="image")
+x = L.Conv2D(8, 3, padding="same", use_bias=False)(image)
+x = start = L.ReLU(6.0)(L.BatchNormalization()(x))
+x = L.DepthwiseConv2D(3, padding="same", depth_multiplier=1)(L.Conv2D(24, 1)(x))
+x = L.ReLU(6.0)(L.BatchNormalization()(x))
+gate = L.Conv2D(6, 1, activation="relu")(L.GlobalAveragePooling2D(keepdims=True)(x))
+gate = L.Conv2D(24, 1, activation="hard_sigmoid")(gate)
+x = L.Add()([start, L.Conv2D(8, 1)(L.Multiply()([x, gate]))])
+x = L.Dense(10, activation="relu")(L.Flatten()(L.Conv2D(7, 3, strides=2, activation="silu")(x)))
+words = keras.Input((7, 16), name="words")
+h = L.Add()([words, L.MultiHeadAttention(4, 8)(L.LayerNormalization()(words), words)])
+h = L.Add()([h, L.Dense(16)(L.Dense(32, activation="gelu")(L.LayerNormalization()(h)))])
+h = L.Bidirectional(L.LSTM(5))(h)
+keras.Model([image, words], L.Dense(3)(L.Concatenate()([x, h]))).save(sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_a_keras_model_of_most_layers(keras_python: str, tmp_path: Path) -> None:  # noqa: F811 (the fixture)
+    path = tmp_path / "model.keras"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    subprocess.run([keras_python, "-c", _KERAS, str(path)], check=True, capture_output=True, env=environment)
+    model = Fold()(pipeline.load(path).model, None)
+    # heads, neurons, hidden units, the residual pair, the expanded channels, the gate, a layer, neurons
+    assert sorted(free(model).values()) == sorted([4, 32, 5, 8, 24, 6, 7, 10])
     assert C.check_cut(model, M.seeded_inputs(M.signature(model), 2)) > 0
 
 

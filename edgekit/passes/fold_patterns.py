@@ -55,6 +55,8 @@ def _is_zero(value: ir.Value | None) -> bool:
     if constant is not None:
         return not constant.any()
     node = None if value is None else value.producer()
+    if G.is_op(node, "Concat"):  # of both directions
+        return node is not None and all(_is_zero(v) for v in node.inputs)
     return node is not None and G.is_op(node, "Expand", "Unsqueeze", "Squeeze", "Reshape") and _is_zero(node.inputs[0])
 
 
