@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from edgekit import model as M
@@ -37,9 +39,10 @@ def everything(model: Any, inputs: dict[str, Array]) -> M.Tensors:
     return {**inputs, **M.FloatSession(model, fetch=names, optimize=False, threads=1).run(inputs)}
 
 
-@given(networks(6))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_values_are_those_of_whole_runs(network: tuple[Any, Array]) -> None:
+@given(networks(6), st.sampled_from([None, 2, 3]))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_values_are_those_of_whole_runs(network: tuple[Any, Array], step: int | None) -> None:
+    """At every node, or at each second or third only."""
     model, x = network
     model = prepared(model)
     if not all(np.isfinite(v).all() for v in everything(model, {"x": x}).values()):
@@ -49,7 +52,8 @@ def test_values_are_those_of_whole_runs(network: tuple[Any, Array]) -> None:
     exact, other = ([everything(m, b) for b in batches] for m in (model, written))
     names = {n.name for n in written.graph}
     met = []
-    for meeting in walk(model, written, batches):
+    stops = None if step is None else {n.name for n in list(model.graph)[::step]}
+    for meeting in walk(model, written, batches, stops):
         assert meeting.node.name == meeting.twin.name
         met.append(meeting.node.name)
         for held, wanted, bound in ((meeting.exact, exact, ROUNDING), (meeting.written, other, FLIPPED)):
@@ -60,7 +64,7 @@ def test_values_are_those_of_whole_runs(network: tuple[Any, Array]) -> None:
         assert {v.name for v in meeting.node.outputs} <= set(meeting.exact)
         read = {v.name for v in meeting.twin.inputs if v is not None and M.constant(v) is None}
         assert read <= set(meeting.written)
-    assert met == [n.name for n in model.graph if n.name in names]
+    assert met == [n.name for n in model.graph if n.name in names and (stops is None or n.name in stops)]
 
 
 def deep(layers: int, width: int = 64) -> Any:
@@ -135,6 +139,26 @@ def test_what_is_replaced_is_what_later_nodes_read() -> None:
             for part in meeting.written[meeting.twin.inputs[0].name]:
                 assert (part == part[:1]).all()  # of the bias alone
             assert not (meeting.exact["h"][0] == meeting.exact["h"][0][:1]).all()
+
+
+@pytest.mark.parametrize("stops", [None, {"one", "three"}])
+def test_the_twin_runs_with_the_weights_it_has_after_the_meeting(stops: set[str] | None) -> None:
+    """Whoever repairs a model in place writes into it what later nodes shall see."""
+    nodes = [
+        node("Gemm", ["x", "w"], ["a"], name="one"),
+        node("Relu", ["a"], ["r"], name="two"),
+        node("Gemm", ["r", "v"], ["y"], name="three"),
+    ]
+    x = normal(12, 4)
+    model = prepared(graph(nodes, {"x": ["n", 4]}, {"y": ["n", 3]}, {"w": normal(4, 5), "v": normal(5, 3)}))
+    other = M.clone(model)
+    for meeting in walk(model, other, [{"x": x[:6]}, {"x": x[6:]}], stops):
+        if meeting.node.name == "one":
+            meeting.twin.inputs[1].const_value = ir.tensor(np.full((4, 5), 2, np.float32))
+        elif meeting.node.name == "three":
+            for part, given in zip(meeting.written["r"], (x[:6], x[6:]), strict=True):
+                wanted = np.maximum(given.sum(axis=1, keepdims=True) * 2, 0)
+                np.testing.assert_allclose(part, np.tile(wanted, 5), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("op", ["If", "Loop"])

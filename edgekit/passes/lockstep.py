@@ -6,7 +6,7 @@ Memory holds the values that later nodes still read, of both models: choose the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,15 @@ from edgekit import model as M
 Array = np.ndarray[Any, Any]
 Values = dict[str, list[Array]]
 
+THREADS = 1  # ONNX Runtime makes threads for each session: for some milliseconds of work they cost more than they give
+
 
 @dataclass
 class Meeting:
     """The two forms of one node, before the quantized one runs. Values may be replaced in `written`.
 
     node, twin: in the float and in the quantized model. exact, written: values of each by name, one array a batch;
-    `exact` holds the float node's results already.
+    `exact` holds the float node's results already, `written` what the twin reads; both what is read later.
     """
 
     node: ir.Node
@@ -34,73 +36,92 @@ class Meeting:
     written: Values
 
 
-def walk(model: ir.Model, written: ir.Model, batches: Sequence[M.Tensors]) -> Iterator[Meeting]:
+def walk(
+    model: ir.Model, written: ir.Model, batches: Sequence[M.Tensors], stops: Container[str] | None = None
+) -> Iterator[Meeting]:
     """model: prepared. written: its QDQ form by `apply_plan`, whose nodes keep their names. batches: inputs by name.
 
-    Yields each node of `model` that `written` has too, in graph order.
+    Yields each node of `model` that `written` has too, in graph order; of those, only the ones named in `stops` if it
+    is given, which is faster: what lies between two of them runs at once.
     """
     exact, other = _World(model, batches), _World(written, batches)
     twins = {n.name for n in written.graph}
     for node in model.graph:
-        exact.run(node)
-        if node.name in twins:
-            twin = other.upto(node.name or "")
-            yield Meeting(node, twin, exact.values, other.values)
-            other.run(twin)
-            other.forget(twin)
-        exact.forget(node)
+        if node.name in twins and (stops is None or node.name in stops):
+            exact.upto(node.name or "")
+            exact.run()
+            yield Meeting(node, other.upto(node.name or ""), exact.values, other.values)
+            exact.forget()
 
 
 def live_bytes(model: ir.Model, inputs: M.Tensors) -> int:
-    """The most bytes that are live at once while the model runs on these inputs."""
+    """The most bytes that are live at once while the model runs on these inputs, node by node."""
     world = _World(model, [inputs])
     most = 0
-    for node in model.graph:
-        world.run(node)
+    for _ in model.graph:
+        world.step()
+        world.run()
         most = max(most, sum(v.nbytes for parts in world.values.values() for v in parts))
-        world.forget(node)
+        world.forget()
     return most
 
 
 class _World:
-    """One model's values while it runs node by node."""
+    """One model's values while it runs, some nodes at a time."""
 
     def __init__(self, model: ir.Model, batches: Sequence[M.Tensors]) -> None:
         self.values: Values = {name: [b[name] for b in batches] for name in batches[0]}
         self._batches = len(batches)
         self._imports = dict(model.opset_imports)
-        self._waiting = list(model.graph)
+        self._nodes = list(model.graph)
         self._at = 0
-        self._left = Counter(v.name for n in model.graph for v in _reads(n))
-        self._left.update(v.name for v in model.graph.outputs)
+        self._open: list[ir.Node] = []  # to be run next
+        self._done: list[str] = []  # names that may be forgotten
+        self._left = Counter(v.name or "" for n in model.graph for v in _reads(n))
+        self._left.update(v.name or "" for v in model.graph.outputs)
 
-    def upto(self, name: str) -> ir.Node:
-        """Run every node before the one called `name`, and return that."""
-        while (node := self._waiting[self._at]).name != name:
-            self.run(node)
-            self.forget(node)
+    def step(self) -> ir.Node:
+        """Let the next node run with the others, and return it."""
+        node = self._nodes[self._at]
+        self._at += 1
+        self._open.append(node)
         return node
 
-    def run(self, node: ir.Node) -> None:
-        """Compute the node's results from the values at hand."""
-        read = _reads(node)
-        given = [v.name or "" for v in read if v.name in self.values]
-        constants = {v.name or "": c for v in read if v.name not in self.values and (c := M.constant(v)) is not None}
-        outputs = [v for v in node.outputs if v.name]
-        feeds = [{name: self.values[name][i] for name in given} for i in range(self._batches)]
-        made = _single(node, feeds, constants, outputs, self._imports)
-        for position, value in enumerate(outputs):
-            self.values[value.name or ""] = [m[position] for m in made]
-        if self._at < len(self._waiting) and self._waiting[self._at] is node:
-            self._at += 1
+    def upto(self, name: str) -> ir.Node:
+        """Run every node before the one called `name`, let that one run next, and return it."""
+        while self._nodes[self._at].name != name:
+            self.step()
+        self.run()
+        self.forget()
+        return self.step()
 
-    def forget(self, node: ir.Node) -> None:
-        """Drop values that nobody reads any more, once the node has read its own."""
-        for value in _reads(node):
-            self._left[value.name] -= 1
-        for value in (*_reads(node), *node.outputs):
-            if not self._left[value.name]:
-                self.values.pop(value.name or "", None)
+    def run(self) -> None:
+        """Compute what is open, from the values at hand: the results of its last node, and what others read."""
+        nodes, self._open = self._open, []
+        if not nodes:
+            return
+        made = [v for n in nodes for v in n.outputs if v.name]
+        inside = {v.name or "" for v in made}
+        read = {v.name or "": v for n in nodes for v in _reads(n)}
+        self._done += [*read, *inside]
+        for node in nodes:
+            self._left.subtract(v.name or "" for v in _reads(node))
+        outside = {k: v for k, v in read.items() if k not in inside}
+        given = [k for k in outside if k in self.values]
+        constants = {k: c for k, v in outside.items() if k not in self.values and (c := M.constant(v)) is not None}
+        last = {v.name for v in nodes[-1].outputs}
+        wanted = [v for v in made if self._left[v.name or ""] > 0 or v.name in last]
+        feeds = [{name: self.values[name][i] for name in given} for i in range(self._batches)]
+        results = _computed(nodes, feeds, constants, wanted, self._imports)
+        for position, value in enumerate(wanted):
+            self.values[value.name or ""] = [r[position] for r in results]
+
+    def forget(self) -> None:
+        """Drop values that nobody reads any more."""
+        for name in self._done:
+            if self._left[name] <= 0:
+                self.values.pop(name, None)
+        self._done = []
 
 
 def _reads(node: ir.Node) -> list[ir.Value]:
@@ -117,14 +138,14 @@ def _reads(node: ir.Node) -> list[ir.Value]:
     return list(own.values())
 
 
-def _single(
-    node: ir.Node,
+def _computed(
+    nodes: Sequence[ir.Node],
     feeds: Sequence[Mapping[str, Array]],
     constants: Mapping[str, Array],
-    outputs: list[ir.Value],
+    outputs: Sequence[ir.Value],
     imports: Mapping[str, int],
 ) -> list[list[Array]]:
-    """One node in ONNX Runtime: its results for each batch."""
+    """Nodes in ONNX Runtime, in float arithmetic between their roundings: the results for each batch."""
     import onnxruntime as ort
 
     h = onnx.helper
@@ -133,8 +154,8 @@ def _single(
         return h.make_tensor_value_info(name, h.np_dtype_to_tensor_dtype(array.dtype), [None] * array.ndim)
 
     graph = h.make_graph(
-        [ir.to_proto(node)],
-        "node",
+        [ir.to_proto(node) for node in nodes],
+        "nodes",
         [info(k, v) for k, v in feeds[0].items()],
         [onnx.ValueInfoProto(name=v.name) for v in outputs],
         [onnx.numpy_helper.from_array(np.asarray(v, order="C"), k) for k, v in constants.items()],
@@ -143,5 +164,7 @@ def _single(
     proto = h.make_model(graph, opset_imports=opsets, ir_version=10)
     options = ort.SessionOptions()
     options.log_severity_level = 4
+    options.intra_op_num_threads = THREADS
+    options.add_session_config_entry("session.disable_quant_qdq", "1")  # integer kernels differ from CPU to CPU
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return [list(session.run([v.name for v in outputs], dict(feed))) for feed in feeds]

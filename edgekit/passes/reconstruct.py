@@ -9,7 +9,7 @@ A result is kept only where it is better on samples that it was not fitted on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ ROWS, ROWS_PER_INPUT, MOST_ROWS = 4096, 8, 32768
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of the Gram matrix' mean diagonal
 LIVE_BYTES = 512 * 2**20
 BATCH = 32
+LARGE = 1e12  # squares of it, summed over MOST_ROWS, are far below float32's 3e38
 HELD = 4  # one sample in so many judges the result of the others
 
 
@@ -57,7 +58,7 @@ def reconstruct(
     written = apply_plan(model, plan)
     rng = np.random.default_rng(seed)
     weights, shifts, gains = dict(plan.weights), dict(plan.bias_shifts), {}
-    for meeting in walk(model, written, batches):
+    for meeting in walk(model, written, batches, plan.weights):
         name = meeting.node.name or ""
         if name not in plan.weights:
             continue
@@ -84,49 +85,79 @@ def _fit(meeting: Meeting, plan: Weight, rng: np.random.Generator) -> Fitted | N
     if given.ndim < 2 or len(given) < HELD or len(given) != len(wanted):
         return None
     rows = L.choose(meeting.node, wanted, min(MOST_ROWS, max(ROWS, ROWS_PER_INPUT * layer.weight.shape[1])), rng)
-    x, y = L.inputs(layer, given, rows).astype(np.float64), L.outputs(layer, wanted, rows).astype(np.float64)
+    x, y = (_computable(a) for a in (L.inputs(layer, given, rows), L.outputs(layer, wanted, rows)))
     count, each = rows.picks.shape
-    judge = np.repeat(np.arange(count) >= count - count // HELD, each)  # the last samples, whole
+    at = (count - count // HELD) * each  # the last samples, whole, judge
     scales = layer.along(np.array(plan.scales, np.float64))
-    return _solve(layer, plan, scales, (x[:, ~judge], y[:, ~judge]), (x[:, judge], y[:, judge]))
+    return _solve(layer, plan, scales, (x[:, :at], y[:, :at]), (x[:, at:], y[:, at:]))
 
 
 def _solve(
     layer: L.Layer, plan: Weight, scales: Array, fit: tuple[Array, Array], held: tuple[Array, Array]
 ) -> Fitted | None:
-    x, y = fit
+    """fit, held: rows of (inputs, results), `_computable`."""
     free = layer.bias is not None
-    mean_x, mean_y = (x.mean(axis=1, keepdims=True), y.mean(axis=1, keepdims=True)) if free else (0.0, 0.0)
-    centred, wanted = x - mean_x, y - mean_y
-    gram = centred.swapaxes(1, 2) @ centred / x.shape[1]
-    slope = centred.swapaxes(1, 2) @ wanted / x.shape[1] - gram @ layer.weight
-    nearest = np.clip(np.rint(layer.weight / scales), -plan.limit, plan.limit)
-    mean = np.trace(gram, axis1=1, axis2=2)[:, None, None] / gram.shape[1]
-    eye = np.eye(gram.shape[1])
+    weight, offset = layer.weight, np.zeros(1) if layer.bias is None else layer.bias[:, None, :]
+    # of what the float weights leave: small numbers, whose float32 products are exact enough
+    x, rest = fit[0], _rest(fit, weight, offset)
+    mean_x, mean = (_mean(x), _mean(rest)) if free else (np.float64(0), np.float64(0))
+    centred = x - mean_x.astype(x.dtype)
+    gram = (centred.swapaxes(1, 2) @ centred).astype(np.float64) / x.shape[1]
+    slope = (centred.swapaxes(1, 2) @ (rest - mean.astype(rest.dtype))).astype(np.float64) / x.shape[1]
+    unseen = held[0], _rest(held, weight, offset)
 
     def bias_of(real: Array) -> Array | None:
-        return mean_y - mean_x @ real if free else None
+        return offset + mean - mean_x @ (real - weight) if free else None
 
-    def left(real: Array, bias: Array | None) -> Array:
-        """Squared error on the held-back rows, per group and output."""
-        result = held[0] @ real + (0.0 if bias is None else bias)
-        return np.asarray(((result - held[1]) ** 2).sum(axis=1))
+    def left(real: Array, bias: Array | None) -> float:
+        """Squared error on the held-back rows."""
+        return _energy(_rest(unseen, real - weight, 0.0 if bias is None else bias - offset))
 
-    plain = left(nearest * scales, None if layer.bias is None else layer.bias[:, None, :])
-    solid = damped(gram)
-    ridged = [layer.weight + np.linalg.solve(solid + ridge * mean * eye, slope) for ridge in RIDGES]
+    nearest = np.clip(np.rint(weight / scales), -plan.limit, plan.limit)
+    plain = left(nearest * scales, offset if free else None)
+    ideal = min((weight + change for change in _ridged(gram, slope)), key=lambda real: left(real, bias_of(real)))
     # which ridge shows before rounding, which is what takes the time
-    ideal = min(ridged, key=lambda real: float(left(real, bias_of(real)).sum()))
-    tried = [nearest, *(round_weights(wish, gram, scales, plan.limit) for wish in (ideal, layer.weight))]
+    wishes = np.concatenate([ideal, weight], axis=2)
+    tried = [nearest, *np.split(round_weights(wishes, gram, np.concatenate([scales] * 2, axis=2), plan.limit), 2, 2)]
     biases = [bias_of(q * scales) for q in tried]
-    errors = [left(q * scales, bias).sum() for q, bias in zip(tried, biases, strict=True)]
+    errors = [left(q * scales, bias) for q, bias in zip(tried, biases, strict=True)]
     best = int(np.argmin(errors))
-    if not errors[best] < plain.sum():
+    if not errors[best] < plain:
         return None
     q, bias = tried[best], biases[best]
-    return Fitted(
-        layer.restored(q), None if bias is None else bias.reshape(-1), float(errors[best] / max(plain.sum(), 1e-300))
-    )
+    return Fitted(layer.restored(q), None if bias is None else bias.reshape(-1), errors[best] / max(plain, 1e-300))
+
+
+def _ridged(gram: Array, slope: Array) -> Iterator[Array]:
+    """Least squares with each of RIDGES."""
+    mean = np.trace(gram, axis1=1, axis2=2)[:, None, None] / gram.shape[1]
+    solid, eye = damped(gram), np.eye(gram.shape[1])
+    for ridge in RIDGES:
+        yield np.linalg.solve(solid + ridge * mean * eye, slope)
+
+
+def _rest(rows: tuple[Array, Array], weight: Array, bias: Array | float) -> Array:
+    """Results less what the weight makes of the inputs, in their own type."""
+    x, y = rows
+    out = y - x @ weight.astype(x.dtype)
+    out -= np.asarray(bias, out.dtype)
+    return np.asarray(out)
+
+
+def _computable(rows: Array) -> Array:
+    """float32, or float64 where squares and their sums would leave its range."""
+    largest = max(float(rows.max(initial=0)), -float(rows.min(initial=0)))
+    return rows.astype(np.float64) if largest > LARGE else rows
+
+
+def _mean(rows: Array) -> Array:
+    """Over rows, float64 (groups, 1, n)."""
+    return np.asarray(rows.mean(axis=1, keepdims=True, dtype=np.float64))
+
+
+def _energy(values: Array) -> float:
+    flat = values.reshape(-1)
+    return float(sum(float(np.dot(part, part)) for part in np.array_split(flat, max(1, flat.size // 2**16))))
 
 
 def _replace(meeting: Meeting, plan: Weight, fitted: Fitted) -> None:
