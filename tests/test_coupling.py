@@ -281,6 +281,20 @@ def test_a_part_that_would_be_empty_is_named() -> None:
     assert found.emptied(found.without(units[[0, 2]])) == ""
 
 
+def test_a_size_that_counts_no_channels_is_left() -> None:
+    """A Resize along an axis of tokens, beside one of channels."""
+    model = graph(
+        [conv("x", "a"), node("Reshape", ["a", "flat"], ["f"]), node("MatMul", ["f", "wm"], ["m"], name="m"),
+         node("Reshape", ["m", "image"], ["i"]), node("Resize", ["i", "", "", "to"], ["z"], axes=[2, 3], mode="linear"),
+         node("MatMul", ["z", "wy"], ["y"], name="y")],
+        {"x": ["n", 3, 2, 2]}, {"y": ["n", 1, 7, 2]},
+        {"wa": normal(6, 3, 1, 1), "wm": normal(4, 5), "wy": normal(5, 2), "flat": np.array([0, 6, 4]),
+         "image": np.array([0, 1, 6, 5]), "to": np.array([7, 5])},
+    )  # fmt: skip
+    assert free(model) == {"m": 5}
+    assert C.check_cut(model, M.seeded_inputs(M.signature(model), 2)) > 0
+
+
 # --- numbers --------------------------------------------------------------------------------------------------------
 @given(st.integers(1, 40), st.data())
 def test_components_are_those_of_a_walk(count: int, data: st.DataObject) -> None:

@@ -157,7 +157,7 @@ def resize(t: Tracer, node: ir.Node) -> bool:
     if target is not None:
         resized = [a % rank for a in axes] if axes is not None and rank else list(range(len(target)))
         for axis, labels in given.items():
-            if axis in resized:
+            if axis in resized and int(target[resized.index(axis)]) == len(labels):
                 t.number(node, 3, resized.index(axis), labels)
     elif len(node.inputs) > 3 and node.inputs[3] is not None:
         return False
@@ -172,7 +172,7 @@ def expand(t: Tracer, node: ir.Node) -> bool:
     moved = {axis + len(shape) - len(rank): labels for axis, labels in given.items()}
     for axis, labels in moved.items():
         index = axis - (len(shape) - len(target))
-        if index >= 0 and int(target[index]) != 1:
+        if index >= 0 and int(target[index]) == len(labels) != 1:
             t.number(node, 1, index, labels)
     return t.pass_axes(node, moved)
 
