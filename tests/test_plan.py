@@ -106,6 +106,23 @@ def test_elementwise_between_float_nodes_stays_float() -> None:
     assert "mul" in decision.float_nodes
 
 
+def test_moves_that_leave_a_part_of_float_values_stay_float() -> None:
+    """A maximum over time has a range of its own, narrower than that of all steps."""
+    nodes = [
+        node("Erf", ["x"], ["steps"], name="float"),
+        node("Transpose", ["steps"], ["turned"], name="turn", perm=[0, 2, 1]),
+        node("ReduceMax", ["turned", "axes"], ["top"], name="most", keepdims=0),
+        node("MatMul", ["top", "w"], ["y"], name="dense"),
+    ]
+    constants = {"axes": np.array([2], np.int64), "w": normal(4, 5)}
+    decision = decide(prepared(graph(nodes, {"x": ["n", 3, 4]}, {"y": ["n", 5]}, constants)), {})
+    assert decision.quantized == ("dense",)
+    assert set(decision.activations) == {"top", "y"}
+    given = [node("Transpose", ["x"], ["turned"], name="turn", perm=[0, 2, 1]), *nodes[2:]]
+    decision = decide(prepared(graph(given, {"x": ["n", 3, 4]}, {"y": ["n", 5]}, constants)), {})
+    assert decision.quantized == ("turn", "most", "dense")  # a device may hand over its input as integers
+
+
 def test_layer_norm_pieces_stay_float_before_a_matmul() -> None:
     model = prepared(
         graph(

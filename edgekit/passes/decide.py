@@ -242,20 +242,37 @@ def _trim(chosen: Mapping[str, ir.Node], fused: Mapping[str, str]) -> list[str]:
     """Nodes that gain nothing: those that would have to round float values only to hand them to float readers."""
     alive = dict(chosen)
     while True:
-        drop = [n for n, node in alive.items() if not _worthwhile(node, alive, fused)]
+        fed = _fed(alive)
+        drop = [n for n, node in alive.items() if not _worthwhile(node, alive, fused, fed)]
         if not drop:
             return [n for n in chosen if n not in alive]
         for name in drop:
             del alive[name]
 
 
-def _worthwhile(node: ir.Node, alive: Mapping[str, ir.Node], fused: Mapping[str, str]) -> bool:
+def _fed(alive: Mapping[str, ir.Node]) -> frozenset[str]:
+    """Nodes whose output is integers before anything is computed on it: operators that compute, and what moves theirs.
+
+    Moves of a graph input count, which a device may hand over as integers; moves of what a float operator computed
+    don't. alive: in the graph's order.
+    """
+    fed: set[str] = set()
+    for name, node in alive.items():
+        reads = [v for i in data_inputs(node) if (v := node.inputs[i]) is not None]
+        moved = any(v.is_graph_input() or ((p := v.producer()) is not None and p.name in fed) for v in reads)
+        if node.op_type not in MOVES or moved:
+            fed.add(name)
+    return frozenset(fed)
+
+
+def _worthwhile(node: ir.Node, alive: Mapping[str, ir.Node], fused: Mapping[str, str], fed: frozenset[str]) -> bool:
     if node.op_type in WEIGHTED:
         return True
     if (producer := fused.get(node.name or "")) is not None:
         return producer in alive
     reads = [v for i in data_inputs(node) if (v := node.inputs[i]) is not None]
-    from_integers = any((p := v.producer()) is not None and p.name in alive for v in reads)
+    # Rounding what a float operator gives is put off behind moves that leave a part of it, with a range of its own.
+    from_integers = any((p := v.producer()) is not None and p.name in fed for v in reads)
     readers = [_reads(user, i, node, alive) for v in node.outputs for user, i in v.uses()]
     to_output = any(v.is_graph_output() for v in node.outputs)
     if node.op_type in LEADING and not from_integers:
