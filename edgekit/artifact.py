@@ -1,6 +1,6 @@
 """Artifacts on disk: staged, hashed, renamed into place, and described by a manifest.
 
-A build folder holds `<target>/<backend>-<precision>/` artifacts, `results.jsonl` and `.cache/` stages by content.
+A build folder holds artifacts in `<target>/<backend>-<precision>[-<variant>]/`, `results.jsonl`, stages in `.cache/`.
 What is half-written lives in `.staging-*` and never carries a final name.
 """
 
@@ -20,9 +20,9 @@ from typing import Any
 
 from edgekit import backends
 from edgekit.errors import ArtifactError, DiskError, OutputExistsError
-from edgekit.target import PRECISIONS
+from edgekit.target import PRECISIONS, PRUNED, candidate_id
 
-MANIFEST_SCHEMA = 1  # 1: first
+MANIFEST_SCHEMA = 2  # 1: first; 2: pruning
 BUILD_SCHEMA = 1  # 1: first
 MANIFEST = "manifest.json"
 _MARKER = ".edgekit"
@@ -61,13 +61,18 @@ class Manifest:
     preprocessing: Mapping[str, Any] | None = None
     calibration: Mapping[str, Any] | None = None
     quantization: Mapping[str, Any] | None = None
+    pruning: Mapping[str, Any] | None = None
     parity: Mapping[str, Any] | None = None
     tools: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
-        return f"{self.backend}-{self.precision}"
+        return candidate_id(self.backend, self.precision, self.variant)
+
+    @property
+    def variant(self) -> str:
+        return PRUNED if self.pruning is not None else ""
 
     @property
     def size_bytes(self) -> int:
@@ -157,6 +162,7 @@ _FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "preprocessing": _table_or_none,
     "calibration": _calibration,
     "quantization": _table_or_none,
+    "pruning": _table_or_none,
     "parity": lambda value: value is None or (_table(value) and _texts(value.get("reasons", []))),
     "tools": lambda value: _table(value) and all(map(_text, value.values())),
     "notes": _texts,

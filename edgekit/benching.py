@@ -11,7 +11,7 @@ from edgekit import artifact, backends
 from edgekit.arguments import names, open_data, recorded, thread_counts
 from edgekit.errors import ArtifactError, UnknownTargetError, UsageError
 from edgekit.report.progress import Progress, silent
-from edgekit.target import PRECISIONS, load_target
+from edgekit.target import PRECISIONS, candidate_id, load_target
 
 if TYPE_CHECKING:
     from edgekit.bench.entry import Entry
@@ -165,7 +165,7 @@ def _outdated(root: Path, document: Mapping[str, Any]) -> list[str]:
             if not file.is_file() or artifact.digest_file(file) != row["sha256"]:
                 stale.add(row["label"])
             continue
-        where = root / row["target"] / f"{row['backend']}-{row['precision']}"
+        where = root / row["target"] / candidate_id(row["backend"], row["precision"], row.get("variant") or "")
         if now.get(where) != row["sha256"]:
             stale.add(f"{row['target']}/{where.name}")
     told = ", ".join(sorted(stale))
@@ -186,7 +186,9 @@ def _manifests(root: Path, targets: Sequence[str]) -> dict[Path, artifact.Manife
     if len({m.source["sha256"] for m in found.values()}) > 1:
         raise ArtifactError(f"build '{root}' holds artifacts of different models", "convert again")
     order = {name: i for i, name in enumerate(backends.BACKENDS)}
-    ranked = sorted(found.items(), key=lambda p: (p[1].target, PRECISIONS.index(p[1].precision), order[p[1].backend]))
+    ranked = sorted(
+        found.items(), key=lambda p: (p[1].target, PRECISIONS.index(p[1].precision), p[1].variant, order[p[1].backend])
+    )
     return {path: m for path, m in ranked if not targets or m.target in targets}
 
 
@@ -241,7 +243,7 @@ def _probe(dataset: Dataset, manifests: Mapping[Path, artifact.Manifest], progre
     from edgekit.model import Signature, batch_of
     from edgekit.probe import probe
 
-    found = next(((p, m) for p, m in manifests.items() if m.precision == "float32"), None)
+    found = next(((p, m) for p, m in manifests.items() if m.precision == "float32" and not m.variant), None)
     if found is None or not dataset.labelled or backends.get(found[1].backend).missing():
         return None
     path, manifest = found

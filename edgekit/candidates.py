@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from edgekit import artifact, backends
 from edgekit.bench.entry import Entry, fit
@@ -38,6 +39,8 @@ def of_artifact(path: Path, manifest: artifact.Manifest) -> Entry:
         target=manifest.target,
         backend=manifest.backend,
         precision=manifest.precision,
+        variant=manifest.variant,
+        pruning=_claims(manifest.pruning),
         path=path,
         runner=backend.RUNNER,
         sha256=manifest.sha256,
@@ -47,6 +50,12 @@ def of_artifact(path: Path, manifest: artifact.Manifest) -> Entry:
         problems=problems,
         notes=manifest.notes,
     )
+
+
+def _claims(pruning: Mapping[str, Any] | None) -> dict[str, float] | None:
+    if pruning is None:
+        return None
+    return {key: float(pruning[key]) for key in ("macs_kept", "parameters_kept") if pruning.get(key) is not None}
 
 
 def _proved_elsewhere(manifest: artifact.Manifest) -> bool:

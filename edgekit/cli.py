@@ -180,6 +180,12 @@ def main() -> None:
     help="Leave layers in float until int8 loses at most X (0.005: half a point).",
 )
 @click.option("--plan", type=click.Path(path_type=Path), metavar="plan.toml", help="Quantize as this file says.")
+@click.option(
+    "--prune",
+    metavar="SHARE",
+    help="Remove channels until this share of the multiply-accumulates is left (0.5); or parameters=0.5, auto (as much "
+    "as --max-accuracy-drop allows), zeros (channels that are zero already), or a pruning.toml.",
+)
 @click.option("--weight-bits", type=click.Choice(["auto", "7", "8"]), default="auto", show_default=True)
 @click.option(
     "--io",

@@ -151,6 +151,12 @@ class BudgetError(EdgekitError):
     exit_code = 55
 
 
+class CollapsedError(EdgekitError):
+    """What pruning left of the model does no longer what the model did."""
+
+    exit_code = 56
+
+
 # --- running ---------------------------------------------------------------------------------------
 class WorkerError(EdgekitError):
     """A measuring process died, hung or reported a failure of its runtime."""

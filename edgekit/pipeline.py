@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +21,7 @@ from edgekit.errors import (
     UsageError,
 )
 from edgekit.report.progress import Progress, silent
-from edgekit.target import PRECISIONS, STATIC, CandidateSpec, Target, load_target
+from edgekit.target import PRECISIONS, PRUNED, STATIC, CandidateSpec, Target, load_target
 
 if TYPE_CHECKING:
     from edgekit.dataset import Dataset
@@ -71,6 +71,7 @@ def convert(
     weight_bits: str | int = "auto",
     keep_float: Sequence[str] = (),
     plan: Path | str | None = None,
+    prune: str | None = None,
     search_time: float | None = None,
     max_accuracy_drop: float | None = None,
     random_calibration: bool = False,
@@ -90,6 +91,8 @@ def convert(
     model: path of a .keras, .h5, SavedModel folder or .onnx.
     data: calibration data (see `edgekit.open_dataset`); needed for int8 unless `random_calibration`.
     plan: a plan.toml to apply, or to take overrides from; applied unchanged it needs no data.
+    prune: the share of the multiply-accumulates to keep ("0.5"), "parameters=0.5", "auto", "zeros" or a pruning.toml:
+    channels are removed, every candidate is made of the smaller model, float32 of the model as it came stays beside.
     search_time: seconds after which no further way to quantize is tried. max_accuracy_drop: layers stay float until
     int8 loses no more, on samples that nothing was chosen by; where that fails int8 is not made.
     io: "int8" gives int8 artifacts integer inputs and outputs, where the format has them (tflite).
@@ -98,9 +101,11 @@ def convert(
     Returns a JSON-ready summary; writes `out/<target>/<backend>-<precision>/`.
     """
     from edgekit.passes.plan_file import read as read_plan
+    from edgekit.pruning import request as read_request
     from edgekit.stages import Conversion
 
-    work = _plan_work([load_target(name, targets_dir) for name in names(targets)], precisions)
+    asked = None if prune is None else read_request(prune)
+    work = _plan_work([load_target(name, targets_dir) for name in names(targets)], precisions, pruned=asked is not None)
     wants_int8 = any(w.candidate.precision in STATIC and not w.skipped for w in work)
     told = None if plan is None else read_plan(Path(plan))
     whole = told is not None and told.plan is not None and not told.overrides
@@ -108,6 +113,10 @@ def convert(
         raise NoCalibrationDataError(
             "int8 needs calibration data",
             "pass --data FILE (a few hundred samples), or --precision float32, or --random-calibration",
+        )
+    if asked is not None and asked.kind != "zeros" and data is None:
+        raise NoCalibrationDataError(
+            "pruning fits what it leaves to data", "pass --data FILE (512 samples are good; labels are not needed)"
         )
     if random_calibration and data is not None:
         raise UsageError("--random-calibration and --data exclude each other", "leave one of them out")
@@ -123,6 +132,8 @@ def convert(
         plan=told,
         search_time=search_time,
         max_accuracy_drop=max_accuracy_drop,
+        prune=asked,
+        channel_multiple=max(w.target.channel_multiple for w in work),
         random_calibration=random_calibration,
         seed=seed,
         shapes=dict(shapes or {}),
@@ -138,6 +149,7 @@ def convert(
         raise
     work = [w for w in work if precisions or job.suits(w.candidate)]
     job.probe()
+    _ = job.pruned  # what is wrong with it is said once as well
     rows = [_make(job, item, _weight_bits(item.target, work, weight_bits)) for item in work]
     if all(r["status"] == "not run" for r in rows):
         raise UnsupportedOpError("; ".join(f"{r['candidate']}: {r['why']}" for r in rows), "no candidate could be made")
@@ -160,8 +172,11 @@ def _make(job: Conversion, item: _Work, bits: int) -> dict[str, Any]:
         return {**row, "status": "not run", "why": error.what}
 
 
-def _plan_work(targets: Sequence[Target], precisions: Sequence[str]) -> list[_Work]:
-    """Which candidates to make, before anything slow: unknown precisions and missing runtimes show here."""
+def _plan_work(targets: Sequence[Target], precisions: Sequence[str], *, pruned: bool = False) -> list[_Work]:
+    """Which candidates to make, before anything slow: unknown precisions and missing runtimes show here.
+
+    pruned: all of the pruned model, and float32 of the model as it came.
+    """
     import difflib
 
     for wanted in precisions:
@@ -183,7 +198,9 @@ def _plan_work(targets: Sequence[Target], precisions: Sequence[str]) -> list[_Wo
             if asked:
                 install = backends.get(candidate.backend).missing()
                 why = f"needs {candidate.backend}: {install}" if install else ""
-                work.append(_Work(target, candidate, why))
+                if pruned and candidate.precision == "float32":
+                    work.append(_Work(target, candidate, why))
+                work.append(_Work(target, replace(candidate, variant=PRUNED if pruned else ""), why))
     if all(w.skipped for w in work):
         names = ", ".join(f"'{t.name}'" for t in targets)
         raise MissingExtraError(f"no runtime of target {names} is installed", work[-1].skipped)

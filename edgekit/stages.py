@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from edgekit.dataset import Dataset
     from edgekit.passes.plan_file import PlanFile
     from edgekit.passes.quantize import QuantizeInt8
+    from edgekit.pruning import Request
 
 FOLD_BOUND = 1e-4  # of the largest output: float32 rounding through a deep network; the issue's own bound
 FOLD_SAMPLES = 32
@@ -61,6 +62,8 @@ class Conversion:
     search_time: float | None = None
     max_accuracy_drop: float | None = None
     plan: PlanFile | None = None
+    prune: Request | None = None
+    channel_multiple: int = 8
     warnings: list[str] = field(default_factory=list)
     _quantized: dict[tuple[int, int], tuple[ir.Model, dict[str, Any], str]] = field(default_factory=dict)
 
@@ -131,6 +134,36 @@ class Conversion:
 
         return self.stage("clean up", identity, make)
 
+    @cached_property
+    def pruned(self) -> tuple[ir.Model, dict[str, Any], str]:
+        """(smaller float model, {"pruning", "told", "calibration" if data were used}, key)."""
+        from edgekit import pruning
+        from edgekit.passes import prune_plan_file
+        from edgekit.passes.prune_channels import PruneChannels
+        from edgekit.quantizing import digest
+
+        model, _, parent = self.folded
+        asked = self.prune
+        if asked is None:
+            return self.folded
+        step = PruneChannels(multiple=self.channel_multiple, seed=self.seed)
+        identity = {
+            "step": "prune",
+            "parent": parent,
+            "asked": asked.to_json(),
+            "pass": repr(step),
+            "data": self.data_digest(),
+            "budget": self.max_accuracy_drop,
+        }
+
+        def make() -> tuple[ir.Model, dict[str, Any]]:
+            made, record, plan = pruning.pruned(model, asked, step, self.bound, self.max_accuracy_drop, self.progress)
+            if plan is not None:
+                prune_plan_file.write(self.root / prune_plan_file.FILE, plan, digest(model))
+            return made, record
+
+        return self.stage("prune", identity, make)
+
     def quantized(self, weight_bits: int, activation_bits: int = 8) -> tuple[ir.Model, dict[str, Any], str]:
         """(QDQ model, {"plan", "calibration"}, key)."""
         bits = (weight_bits, activation_bits)
@@ -138,7 +171,7 @@ class Conversion:
             from edgekit import quantizing
             from edgekit.passes.quantize import QuantizeInt8
 
-            model, _, parent = self.folded
+            model, _, parent = self.pruned
             step = QuantizeInt8(
                 weight_bits=weight_bits,  # type: ignore[arg-type]
                 activation_bits=activation_bits,  # type: ignore[arg-type]
@@ -156,7 +189,7 @@ class Conversion:
                 "parent": parent,
                 "pass": repr(step),
                 "data": self.data_digest(),
-                "budget": self.max_accuracy_drop,
+                "budget": self._remaining_drop,
                 "plan": None
                 if told is None or told.plan is None
                 else artifact.digest_json(json.loads(told.plan.to_json())),
@@ -175,9 +208,17 @@ class Conversion:
         if self.plan is not None and self.plan.plan is not None and not self.plan.overrides:
             return quantizing.repeated(model, self.plan.plan)
         samples = quantizing.Samples(self.calibration_set, self.bound.rest(self.samples, self.seed))
-        plan, record = quantizing.plan(model, step, samples, self.max_accuracy_drop, self.progress)
+        plan, record = quantizing.plan(model, step, samples, self._remaining_drop, self.progress)
         quantizing.write(self.root, plan, model)
         return quantizing.applied(model, plan), {**record, "calibration": self.calibration_record()}
+
+    @property
+    def _remaining_drop(self) -> float | None:
+        """What int8 may lose of the accuracy that may be lost, after pruning."""
+        if self.max_accuracy_drop is None or self.prune is None:
+            return self.max_accuracy_drop
+        lost = self.pruned[1]["pruning"].get("verdict", {}).get("accuracy_drop") or 0.0
+        return max(0.0, self.max_accuracy_drop - max(0.0, lost))
 
     def suits(self, spec: CandidateSpec) -> bool:
         """Whether a candidate is made of this model without being asked for.
@@ -218,7 +259,7 @@ class Conversion:
         elif spec.precision in WEIGHTS:
             model, record, parent = weight_stages.begun(self, backend, spec.precision)
         else:
-            model, record, parent = self.folded
+            model, record, parent = self.pruned if spec.variant else self.folded
         identity = artifact.digest_json(
             {
                 "step": "lower",
@@ -248,6 +289,7 @@ class Conversion:
                     *_left_float(record.get("plan")),
                     *_blamed(record.get("plan")),
                     *record.get("told", ()),
+                    *(self.pruned[1].get("told", ()) if spec.variant and record is not self.pruned[1] else ()),
                 ]
                 manifest = self._manifest(target, spec, identity, parent, record, parity, notes)
                 manifest = artifact.write_manifest(folder, manifest)
@@ -281,13 +323,14 @@ class Conversion:
         from edgekit import verify
 
         data = self.bound.take(self._verify_samples, self.seed)
+        original = self.pruned[0] if spec.variant else self.source[0]
         if spec.precision in STATIC:
             return verify.quantized(
-                backend, folder, model, data, spec.precision, original=self.folded[0], exact_device=exact_device
+                backend, folder, model, data, spec.precision, original=self.pruned[0], exact_device=exact_device
             )
         if backend.weight_pass(spec.precision) is not None:
-            return verify.weights(backend, folder, model, self.source[0], data, spec.precision)
-        return verify.floating(backend, folder, self.source[0], data, spec.precision)
+            return verify.weights(backend, folder, model, original, data, spec.precision)
+        return verify.floating(backend, folder, original, data, spec.precision)
 
     @cached_property
     def _verify_samples(self) -> int:
@@ -317,6 +360,7 @@ class Conversion:
             preprocessing=self.dataset.preprocessing.to_json() if self.dataset is not None else None,
             calibration=record.get("calibration"),
             quantization=record.get("plan") or record.get("weights"),
+            pruning=self.pruned[1]["pruning"] if spec.variant else None,
             parity=parity,
             tools={**_tools(), spec.backend: backends.get(spec.backend).version()},
             notes=tuple(notes),

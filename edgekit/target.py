@@ -26,22 +26,32 @@ STATIC: tuple[Precision, ...] = ("int8", "int8x16")
 WEIGHTS: tuple[Precision, ...] = ("int8-dynamic", "int8-weights", "int4-weights")
 
 
+# the variant of a candidate that channels or weights were removed from
+PRUNED = "pruned"
+
+
 @dataclass(frozen=True)
 class CandidateSpec:
     """One backend × precision that could serve the target; `id` names its folder in a build.
 
     on_request: only made where its precision is asked for. for_models: "products" is made, unasked, only of models
-    whose weights are mostly in matrix products and recurrent layers.
+    whose weights are mostly in matrix products and recurrent layers. variant: "pruned" where channels were removed.
     """
 
     backend: str
     precision: Precision
     on_request: bool = False
     for_models: Literal["all", "products"] = "all"
+    variant: str = ""
 
     @property
     def id(self) -> str:
-        return f"{self.backend}-{self.precision}"
+        return candidate_id(self.backend, self.precision, self.variant)
+
+
+def candidate_id(backend: str, precision: str, variant: str = "") -> str:
+    """What a candidate is called: its folder in a build, its name in reports."""
+    return "-".join(filter(None, (backend, precision, variant)))
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,7 @@ class Target:
     """A device profile.
 
     threads: thread counts to measure with; "all" is every physical core that the process may use.
+    channel_multiple: numbers of channels that its kernels like, for pruning (benchmarks/pruning/channel_multiples.py).
     weight_bits: 7 where u8×s8 kernels saturate, 8 elsewhere; "auto" asks each backend's measured probe on this machine.
     """
 
@@ -57,10 +68,11 @@ class Target:
     candidates: tuple[CandidateSpec, ...]
     threads: tuple[int | Literal["all"], ...] = (1, "all")
     weight_bits: Literal["auto", 7, 8] = "auto"
+    channel_multiple: int = 8
     path: Path | None = field(default=None, compare=False)
 
 
-_KEYS = {"schema", "name", "description", "threads", "weight_bits", "candidates"}
+_KEYS = {"schema", "name", "description", "threads", "weight_bits", "channel_multiple", "candidates"}
 _CANDIDATE_KEYS = {"backend", "precision", "on_request", "for_models"}
 
 
@@ -132,6 +144,7 @@ def read_target(path: Path) -> Target:
         candidates=_candidates(path, data["candidates"]),
         threads=_threads(path, data.get("threads", [1, "all"])),
         weight_bits=_one_of(path, "weight_bits", data.get("weight_bits", "auto"), ("auto", 7, 8)),
+        channel_multiple=_one_of(path, "channel_multiple", data.get("channel_multiple", 8), (1, 2, 4, 8, 16, 32)),
         path=path,
     )
 

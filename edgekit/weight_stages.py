@@ -29,7 +29,7 @@ def weighed(conversion: Conversion, step: QuantizeWeights, backend: backends.Bac
     from edgekit import weighing
 
     step = replace(step, keep_float=conversion.keep_float, seed=conversion.seed)
-    data, model = conversion.known_samples, conversion.folded[0]
+    data, model = conversion.known_samples, conversion.pruned[0]
     plain, told, parent = _plain(conversion, step, data)
     rounds = backend.rounds_activations(plain, precision)
     ways = weighing.starts(rounds=rounds, data=data is not None)
@@ -53,7 +53,7 @@ def begun(conversion: Conversion, backend: backends.Backend, precision: str) -> 
     from edgekit import weighing
     from edgekit.passes.quantize_weights import QuantizeWeights
 
-    model, _, parent = conversion.folded
+    model, _, parent = conversion.pruned
     data = conversion.known_samples
     rounds = backend.rounds_activations(model, precision)
     ways, step = weighing.starts(rounds=rounds, data=data is not None), QuantizeWeights(seed=conversion.seed)
@@ -76,7 +76,7 @@ def begun(conversion: Conversion, backend: backends.Backend, precision: str) -> 
 
 def _plain(conversion: Conversion, step: QuantizeWeights, data: Dataset | None) -> Stage:
     """(the model as it is with quantized weights, {"layers"}, key)."""
-    model, _, parent = conversion.folded
+    model, _, parent = conversion.pruned
     identity = {"step": "quantize weights", "parent": parent, "pass": repr(step), "data": conversion.data_digest()}
 
     def make() -> tuple[ir.Model, dict[str, Any]]:

@@ -26,7 +26,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     append(path, [])
     append(path, [ONE])
     assert read(path) == [ONE] * 3
-    assert all(json.loads(line)["schema"] == 2 for line in path.read_text().splitlines())
+    assert all(json.loads(line)["schema"] == 3 for line in path.read_text().splitlines())
 
 
 def test_no_file_is_no_measurements(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_damage_elsewhere_is_named(tmp_path: Path) -> None:
         read(path)
 
 
-@pytest.mark.parametrize("line", ['{"schema": 3}', "[]", "3", "{}", '{"schema": 1}', '{"schema": 1, "samples": 3}'])
+@pytest.mark.parametrize("line", ['{"schema": 4}', "[]", "3", "{}", '{"schema": 1}', '{"schema": 1, "samples": 3}'])
 def test_an_unknown_schema_or_shape_is_an_error(tmp_path: Path, line: str) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text(line + "\n")

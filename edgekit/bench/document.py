@@ -13,6 +13,7 @@ import numpy as np
 from edgekit.bench import verdict
 from edgekit.bench.results import Measurement
 from edgekit.bench.statistics import Rounds, Summary, ratio_of_medians, summarize
+from edgekit.target import candidate_id
 
 DOCUMENT_SCHEMA = 1  # 1: first
 
@@ -82,7 +83,7 @@ def _target_rows(target: str, measurements: Sequence[Measurement]) -> list[Row]:
 
 
 def _candidate(measured: Measurement) -> str:
-    return measured.label or f"{measured.backend}-{measured.precision}"
+    return measured.label or candidate_id(measured.backend, measured.precision, measured.variant)
 
 
 def _row(measured: Measurement, quality: Measurement | None, layers: Measurement | None) -> Row:
@@ -100,6 +101,8 @@ def _row(measured: Measurement, quality: Measurement | None, layers: Measurement
         "target": measured.target,
         "backend": measured.backend,
         "precision": measured.precision,
+        "variant": measured.variant or None,
+        "pruning": measured.pruning,
         "label": measured.label or None,
         "path": measured.path,
         "sha256": measured.sha256,
@@ -167,7 +170,7 @@ def _comparable(timed: Sequence[Measurement]) -> list[int]:
     if reference is not None:
         return [i for i, m in enumerate(timed) if _candidate(m) == reference]
     alone = all(m.label for m in timed)
-    return [i for i, m in enumerate(timed) if m.precision == "float32" and (alone or not m.label)]
+    return [i for i, m in enumerate(timed) if m.precision == "float32" and not m.variant and (alone or not m.label)]
 
 
 def _p50(summary: Summary | None) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 
 from edgekit.errors import ShapeError
 from edgekit.model import Signature, Tensors, TensorSpec
+from edgekit.target import candidate_id
 
 Array = np.ndarray[Any, Any]
 
@@ -48,6 +49,7 @@ class Entry:
     parity: the manifest's record, or None. problems: why its manifest says it is wrong (parity failed): not timed.
     notes: what its manifest says a reader must know.
     label: what a file is called that is measured for comparison and is no part of a build, else "".
+    variant: "pruned", or "". pruning: what its manifest claims: shares of macs_kept and parameters_kept.
     fit: where its own inputs and outputs are not those of `signature`.
     """
 
@@ -63,11 +65,13 @@ class Entry:
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     label: str = ""
+    variant: str = ""
+    pruning: dict[str, float] | None = None
     fit: Fit | None = None
 
     @property
     def id(self) -> str:
-        return self.label or f"{self.backend}-{self.precision}"
+        return self.label or candidate_id(self.backend, self.precision, self.variant)
 
     def feed(self, inputs: Tensors) -> Tensors:
         """Arrays of `signature` as the artifact takes them."""

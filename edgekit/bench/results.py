@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from edgekit.errors import ArtifactError, DiskError
 
-RESULTS_SCHEMA = 2  # 1: first; 2: label
-_READABLE = (1, 2)
+RESULTS_SCHEMA = 3  # 1: first; 2: label; 3: variant
+_READABLE = (1, 2, 3)
 RESULTS_FILE = "results.jsonl"
 
 
@@ -31,6 +31,7 @@ class Measurement:
         bench.metrics; layers: layers [{name, op, seconds, calls}] or None.
     machine: {"facts", "before", "after", "warnings"} (bench.machine). settings: the pace, the seed,
         max_accuracy_drop, and warnings: what limits the trust in the data.
+    variant: "pruned", or "". pruning: the shares of macs_kept and parameters_kept that its manifest claims.
     label: of a file that is measured for comparison and is no part of the build, else "".
     """
 
@@ -56,6 +57,8 @@ class Measurement:
     settings: dict[str, Any] = field(default_factory=dict)
     parity: dict[str, Any] | None = None
     label: str = ""
+    variant: str = ""
+    pruning: dict[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": RESULTS_SCHEMA, **asdict(self)}

@@ -165,7 +165,7 @@ def _references(entries: Sequence[Entry], reference: str | None) -> set[str]:
     """Ids: the one that was named, else the build's float32 entries, else float32 files beside it."""
     if reference is not None:
         return {reference}
-    floats = [e for e in entries if e.precision == "float32"]
+    floats = [e for e in entries if e.precision == "float32" and not e.variant]
     return {e.id for e in floats if not e.label} or {e.id for e in floats}
 
 
@@ -345,6 +345,8 @@ def _measurements(
             parity=entry.parity,
             notes=entry.notes,
             label=entry.label,
+            variant=entry.variant,
+            pruning=entry.pruning,
         )
         wrong = (*entry.problems, *quality.problems)
         for count in counts:

@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgekit.budget import AGREEMENT_PER_DROP
+from edgekit.target import candidate_id
 
 Row = Mapping[str, Any]
 
@@ -42,8 +43,8 @@ def decide(rows: Sequence[Row], max_accuracy_drop: float) -> dict[str, Any]:
     timed = _best_threads(rows)
     if not timed:
         return {"ship": None, "threads": None, "why": _nothing(rows)}
-    reference = next((r for r in rows if r["precision"] == "float32" and r["valid"]), None)
-    floats = [r for r in timed if r["precision"] == "float32"]
+    reference = next((r for r in rows if is_baseline(r) and r["valid"]), None)
+    floats = [r for r in timed if is_baseline(r)]
     rejected: list[str] = [f"{name(r)} is invalid ({r['reasons'][0]})" for r in _invalid(rows)]
     if not floats:
         causes = [why for why in rejected if "-float32 is invalid" in why] or ["none was measured"]
@@ -51,7 +52,7 @@ def decide(rows: Sequence[Row], max_accuracy_drop: float) -> dict[str, Any]:
         return {"ship": None, "threads": None, "why": why}
     best_float = min(floats, key=_p50)
     faster = []
-    for row in sorted((r for r in timed if r["precision"] != "float32"), key=_p50):
+    for row in sorted((r for r in timed if not is_baseline(r)), key=_p50):
         problem = quality_problem(row, reference, max_accuracy_drop) or _speed_problem(row)
         if problem is None:
             faster.append(row)
@@ -63,8 +64,13 @@ def decide(rows: Sequence[Row], max_accuracy_drop: float) -> dict[str, Any]:
 
 
 def name(row: Row) -> str:
-    """<backend>-<precision>, as in a build folder; of a file beside it, its label."""
-    return row.get("label") or f"{row['backend']}-{row['precision']}"
+    """As in a build folder; of a file beside it, its label."""
+    return row.get("label") or candidate_id(row["backend"], row["precision"], row.get("variant") or "")
+
+
+def is_baseline(row: Row) -> bool:
+    """Whether it is the model as it came, which the others are judged by."""
+    return row["precision"] == "float32" and not row.get("variant")
 
 
 def quality_problem(row: Row, reference: Row | None, budget: float, than: str = "float") -> str | None:

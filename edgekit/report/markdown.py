@@ -39,6 +39,9 @@ def _target(document: summary.Document, target: str) -> list[str]:
         rows.append([f"**{c}**" for c in cells] if line.ships else cells)
     parts = [f"## {_cell(target)}", f"**{_cell(summary.verdict(document, target))}**"]
     parts.append(_table([_cell(h) for h in headings.values()], rows, left=1))
+    gains = summary.gains(document, target)
+    if gains:
+        parts += ["### Pruning: claimed and measured", _bullets(gains)]
     remarks = summary.remarks(document, target)
     if remarks:
         parts.append(_bullets(remarks))

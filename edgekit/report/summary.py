@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from edgekit.bench.verdict import is_baseline, name
 from edgekit.errors import ArtifactError
 
 DOCUMENT_SCHEMA = 1
@@ -106,7 +107,7 @@ def lines(document: Document, target: str) -> list[Line]:
     """The table of one target, in the document's order."""
     rows = [a for a in document["artifacts"] if a["target"] == target]
     key, _, factor, digits = _quality_figure(rows)
-    floats = [r for r in rows if r["precision"] == "float32"]
+    floats = [r for r in rows if is_baseline(r)]
     reference: Mapping[str, Any] = next((r for r in floats if not r.get("label")), {})
     chosen = (document.get("verdict") or {}).get(target) or {}
     return [_line(row, reference, key, factor, digits, chosen) for row in rows]
@@ -125,7 +126,7 @@ def _line(
     latency, quality = row.get("latency_s") or {}, row.get("quality") or {}
     own, base = quality.get(key), (reference.get("quality") or {}).get(key)
     percent = " %" if factor == 100 else ""
-    baseline = row["precision"] == "float32" and not row.get("label")
+    baseline = is_baseline(row) and not row.get("label")
     delta = None if own is None or base is None or baseline else own - base
     name = candidate(row)
     same_threads = chosen.get("threads") in (None, row.get("threads"))
@@ -146,8 +147,40 @@ def _line(
     )
 
 
+def gains(document: Document, target: str) -> list[str]:
+    """Of each pruned candidate what pruning claims and what was measured, against the same runtime's unpruned one."""
+    rows = [r for r in document["artifacts"] if r["target"] == target and not r.get("label")]
+    out = []
+    for row in rows:
+        claims = row.get("pruning")
+        if not claims or row.get("variant") is None:
+            continue
+        same = [
+            r for r in rows if not r.get("variant") and (r["backend"], r["threads"]) == (row["backend"], row["threads"])
+        ]
+        base = next((r for r in same if r["precision"] == row["precision"]), None) or next(iter(same), None)
+        if base is None:
+            continue
+        claimed = " and ".join(
+            f"{100 * claims[key]:.0f} % of the {word}"
+            for key, word in (("macs_kept", "MACs"), ("parameters_kept", "parameters"))
+            if key in claims
+        )
+        figures = (
+            ("the time", (row.get("latency_s") or {}).get("p50"), (base.get("latency_s") or {}).get("p50")),
+            ("the size", row.get("size_bytes"), base.get("size_bytes")),
+            ("the memory", row.get("peak_rss_bytes"), base.get("peak_rss_bytes")),
+        )
+        measured = ", ".join(f"{own / other:.2f}× {word}" for word, own, other in figures if own and other)
+        threads = f" at {row['threads']} threads" if (row["threads"] or 1) > 1 else ""
+        out.append(
+            f"{candidate(row)}{threads}: claimed {claimed}; measured {measured or 'nothing'} of {candidate(base)}"
+        )
+    return out
+
+
 def candidate(row: Mapping[str, Any]) -> str:
-    return row.get("label") or f"{row['backend']}-{row['precision']}"
+    return name(row)
 
 
 def _sqnr(quality: Mapping[str, Any], reasons: Iterable[str]) -> str:

@@ -50,6 +50,7 @@ def render_terminal(document: summary.Document, out: Console) -> None:
     for target in summary.targets(document):
         out.print(f"{target}: {summary.verdict(document, target)}.", style="bold")
         out.print(_bench_table(document, target, out))
+        _list(out, summary.gains(document, target), "")
         _list(out, summary.remarks(document, target), "dim")
     _list(out, (f"warning: {w}" for w in summary.warnings(document)), "yellow")
     out.print(f"measured on {summary.machine(document)}; test data: {summary.dataset(document)}", style="dim")
