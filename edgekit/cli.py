@@ -336,13 +336,22 @@ def report(build: Path, out: Path | None, kind: str | None) -> None:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--layers", is_flag=True, help="One line per layer.")
 @click.option("--quantization", is_flag=True, help="MODEL is a build: which layers its int8 error comes from, and why.")
+@click.option("--pruning", is_flag=True, help="Which channels could go, and what that would cost (needs --data).")
+@click.option("--data", help="With --pruning: samples, labelled or not.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), metavar="pruning.toml", help="With --pruning: write a plan."
+)
 @_model_options
+@_data_options
 @_json_option
-def inspect(
-    model: Path, layers: bool, quantization: bool, shapes: dict[str, tuple[int, ...]], trust: bool, as_json: bool
-) -> None:
+def inspect(model: Path, layers: bool, quantization: bool, pruning: bool, as_json: bool, **given: Any) -> None:
     """Signature, operators, parameters, MACs, memory of MODEL, and which backends can take it."""
     from edgekit import pipeline
+
+    given = _data_arguments(given)
+    shapes, trust = given.pop("shapes"), given.pop("trust")
+    if pruning:
+        return _inspect_pruning(model, shapes, trust, as_json, given)
 
     if quantization:
         from edgekit.inspection_quantization import inspect as examine
@@ -356,6 +365,20 @@ def inspect(
     from edgekit.report.terminal import print_inspection
 
     print_inspection(document, layers=layers)
+
+
+def _inspect_pruning(
+    model: Path, shapes: dict[str, tuple[int, ...]], trust: bool, as_json: bool, given: dict[str, Any]
+) -> None:
+    from edgekit.arguments import open_data
+    from edgekit.inspection_pruning import inspect as examine
+    from edgekit.report.progress import progress_bar
+    from edgekit.report.terminal import print_pruning
+
+    data = open_data(given["data"], given["preprocessing"], given["label_column"], given["labels"])
+    with progress_bar(enabled=True) as progress:
+        told = examine(model, data, shapes=shapes, trust=trust, out=given["out"], progress=progress)
+    return _emit(told) if as_json else print_pruning(told)
 
 
 @main.command()

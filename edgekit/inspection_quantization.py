@@ -26,7 +26,7 @@ def inspect(path: Path) -> dict[str, Any]:
             continue  # float, or weights alone
         assert manifest.quantization is not None
         row = plans.setdefault(artifact.digest_json(manifest.quantization), _told(manifest.quantization))
-        name = f"{manifest.target}/{manifest.backend}-{manifest.precision}"
+        name = f"{manifest.target}/{manifest.id}"
         row["artifacts"].append(name)
         row["arithmetic"] += [{"artifact": name, **r} for r in (manifest.parity or {}).get("arithmetic", ())]
         if (manifest.parity or {}).get("saturates") and manifest.quantization["weight_bits"] == 8:

@@ -192,9 +192,10 @@ def _ladder(
 ) -> tuple[ir.Model, PruningPlan, Verdict]:
     """The least that keeps within the budget, step by step down."""
     best: tuple[ir.Model, PruningPlan, Verdict] | None = None
+    measured = step.measured(model, split.fit, split.choose, progress)
     for share in LADDER:
         tried = replace(step, budget=share, measure="macs")
-        plan = tried.plan(model, split.fit, split.choose, progress)
+        plan = tried.decide(measured)
         made, _ = tried.apply(model, plan, split.fit, progress)
         found = verdict(model, made, split.judge)
         lost = found.loss()

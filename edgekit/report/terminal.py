@@ -177,6 +177,38 @@ def print_quantization(document: Mapping[str, Any], *, layers: bool = False, out
     )
 
 
+def print_pruning(document: Mapping[str, Any], out: Console | None = None) -> None:
+    """What `inspect --pruning` found: accuracy against multiply-accumulates, and each family's sensitivity."""
+    out = out or console()
+    labelled = any(row["accuracy_drop"] is not None for row in document["curve"])
+    curve = _table()
+    titles = ("MACs kept", "parameters", "agrees", "SQNR dB", "accuracy lost" if labelled else "expected to lose")
+    for title in titles:
+        curve.add_column(title, justify="right")
+    for row in document["curve"]:
+        expected, drop = row["expected_points_lost"], row["accuracy_drop"]
+        lost = _share(drop) if labelled else summary.NONE if expected is None else f"{expected:.1f} points"
+        shares = (f"{row['macs_kept']:.0%}", f"{row['parameters_kept']:.0%}")
+        curve.add_row(*shares, _share(row["agreement"]), f"{row['sqnr_db']:.1f}", lost)
+    out.print(f"pruned, repaired and judged on {document['samples']['judge']} unseen samples", style="bold")
+    out.print(curve)
+    table = _table()
+    for title in ("channels of", "units", "damage when so many go (one family at a time)", "kept at 50 % of the MACs"):
+        table.add_column(title, justify="right" if title == "units" else "left", overflow="fold")
+    for row in document["families"]:
+        if row["frozen"]:
+            table.add_row(_short(row["name"]), str(row["units"]), row["frozen"], summary.NONE, style="dim")
+            continue
+        damage = ", ".join(f"{count}: {value:.2g}" for count, value in row["damage"])
+        table.add_row(_short(row["name"]), str(row["units"]), damage, str(row["kept"].get("0.5", summary.NONE)))
+    out.print(table)
+    out.print(
+        "damage: KL divergence of the classes from the float model's, or error over power of the outputs.", style="dim"
+    )
+    if document["plan"]:
+        out.print(f"{document['plan']}: the plan at 50 %; edit `keep` and pass it to `convert --prune`")
+
+
 def _arithmetic_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     """How near to float each artifact is on each class of CPU."""
     table = _table()
