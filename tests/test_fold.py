@@ -485,6 +485,18 @@ def test_hard_swish(tail: str, top: int, fused: bool) -> None:
     assert (ops(check(model)) == {"HardSwish": 1}) == fused
 
 
+@pytest.mark.parametrize(("rank", "fused"), [(1, True), (2, True), (3, False)])
+def test_hard_swish_of_constants_with_axes(rank: int, fused: bool) -> None:
+    """As TensorFlow's graphs have them; one axis more than x has makes another shape."""
+    out = "float[batch,7]" if fused else "float[1,batch,7]"
+    model = build(
+        f"net (float[batch,7] x) => ({out} y) {{ a = Add(x, three) c = Clip(a, zero, six) h = Mul(c, sixth) "
+        "y = Mul(x, h) }",
+        three=np.full((1,) * rank, 3, np.float32), zero=np.float32(0), six=np.float32(6), sixth=np.float32(1 / 6),
+    )  # fmt: skip
+    assert (ops(check(model)) == {"HardSwish": 1}) == fused
+
+
 MEAN = "m = ReduceMean(x, axes) d = Sub(x, m)"
 SPREAD = "q = Mul(d, d) v = ReduceMean(q, axes) e = Add(v, eps) s = Sqrt(e)"
 LAYER_NORM = {

@@ -357,9 +357,17 @@ def _argument(value: ir.Value | None, op_type: str) -> ir.Value | None:
 def _scalar(value: ir.Value | None) -> float | None:
     """A constant of one element that broadcasts without adding axes worth keeping."""
     constant = G.array(value)
-    if constant is None or constant.size != 1 or constant.ndim > 1 or constant.dtype.kind not in "fiu":
+    if value is None or constant is None or constant.size != 1 or constant.dtype.kind not in "fiu":
+        return None
+    if constant.ndim > 1 and not all(_as_deep(use.node, value, constant.ndim) for use in value.uses()):
         return None
     return float(constant.reshape(()))
+
+
+def _as_deep(reader: ir.Node, constant: ir.Value, rank: int) -> bool:
+    """Whether the reader's other operand is known to have at least as many axes."""
+    others = [v.shape for v in reader.inputs if v is not None and v is not constant]
+    return any(shape is not None and len(shape) >= rank for shape in others)
 
 
 def _row(value: ir.Value, size: int | str | None) -> G.Array | None:
