@@ -186,6 +186,9 @@ def main() -> None:
     help="Remove channels until this share of the multiply-accumulates is left (0.5); or parameters=0.5, auto (as much "
     "as --max-accuracy-drop allows), zeros (channels that are zero already), or a pruning.toml.",
 )
+@click.option(
+    "--prune-latency", metavar="2x", help="Remove channels until the first target is so much faster, measured."
+)
 @click.option("--weight-bits", type=click.Choice(["auto", "7", "8"]), default="auto", show_default=True)
 @click.option(
     "--io",

@@ -72,6 +72,7 @@ def convert(
     keep_float: Sequence[str] = (),
     plan: Path | str | None = None,
     prune: str | None = None,
+    prune_latency: str | None = None,
     search_time: float | None = None,
     max_accuracy_drop: float | None = None,
     random_calibration: bool = False,
@@ -92,7 +93,8 @@ def convert(
     data: calibration data (see `edgekit.open_dataset`); needed for int8 unless `random_calibration`.
     plan: a plan.toml to apply, or to take overrides from; applied unchanged it needs no data.
     prune: the share of the multiply-accumulates to keep ("0.5"), "parameters=0.5", "auto", "zeros" or a pruning.toml:
-    channels are removed, every candidate is made of the smaller model, float32 of the model as it came stays beside.
+    channels are removed. prune_latency: "2x": as many as make the first target's fastest float runtime so much faster,
+    measured here; every candidate is made of the smaller model, float32 of the model as it came stays beside.
     search_time: seconds after which no further way to quantize is tried. max_accuracy_drop: layers stay float until
     int8 loses no more, on samples that nothing was chosen by; where that fails int8 is not made.
     io: "int8" gives int8 artifacts integer inputs and outputs, where the format has them (tflite).
@@ -101,10 +103,13 @@ def convert(
     Returns a JSON-ready summary; writes `out/<target>/<backend>-<precision>/`.
     """
     from edgekit.passes.plan_file import read as read_plan
+    from edgekit.pruning import latency
     from edgekit.pruning import request as read_request
     from edgekit.stages import Conversion
 
-    asked = None if prune is None else read_request(prune)
+    if prune is not None and prune_latency is not None:
+        raise UsageError("--prune and --prune-latency exclude each other", "leave one of them out")
+    asked = read_request(prune) if prune is not None else latency(prune_latency) if prune_latency is not None else None
     work = _plan_work([load_target(name, targets_dir) for name in names(targets)], precisions, pruned=asked is not None)
     wants_int8 = any(w.candidate.precision in STATIC and not w.skipped for w in work)
     told = None if plan is None else read_plan(Path(plan))
@@ -134,6 +139,7 @@ def convert(
         max_accuracy_drop=max_accuracy_drop,
         prune=asked,
         channel_multiple=max(w.target.channel_multiple for w in work),
+        timing=_float_backends(work),
         random_calibration=random_calibration,
         seed=seed,
         shapes=dict(shapes or {}),
@@ -158,6 +164,12 @@ def convert(
         raise ConversionMismatchError("no artifact is right: " + "; ".join(wrong), "please report this model")
     job.retire_others()
     return {"schema": CONVERT_SCHEMA, "build": str(root), **job.summary(), "artifacts": rows}
+
+
+def _float_backends(work: Sequence[_Work]) -> tuple[str, ...]:
+    """Installed ones of the first target that make float32."""
+    first = [w for w in work if w.target is work[0].target and w.candidate.precision == "float32" and not w.skipped]
+    return tuple(dict.fromkeys(w.candidate.backend for w in first))
 
 
 def _make(job: Conversion, item: _Work, bits: int) -> dict[str, Any]:

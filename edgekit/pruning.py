@@ -14,6 +14,7 @@ from edgekit.errors import ArtifactError, BudgetError, CollapsedError, DatasetEr
 from edgekit.passes import prune_plan_file
 from edgekit.passes.judge import Judge, Score
 from edgekit.passes.prune_plan import PruningPlan, frozen
+from edgekit.prune_latency import Stopwatch, Timed, share_for
 from edgekit.quantizing import digest
 from edgekit.report.progress import Progress
 
@@ -32,12 +33,15 @@ COLLAPSED_DB = 3.0
 LOSSES = ((0.60, 16.0), (0.70, 13.0), (0.83, 5.2), (0.87, 3.9), (0.925, 1.9), (0.96, 0.45), (0.98, 0.2), (1.0, 0.0))
 # shares of the multiply-accumulates that `auto` tries, while the budget on accuracy holds
 LADDER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-Kind = Literal["macs", "parameters", "auto", "zeros", "plan"]
+Kind = Literal["macs", "parameters", "auto", "latency", "zeros", "plan"]
 
 
 @dataclass(frozen=True)
 class Request:
-    """kind: what the number is a share of, or another way to say it. share: to keep. plan, sha256: of a file."""
+    """kind: what the number is a share of, or another way to say it. plan, sha256: of a file.
+
+    share: to keep, or of kind "latency" how many times faster.
+    """
 
     kind: Kind
     share: float | None = None
@@ -67,6 +71,17 @@ def request(text: str) -> Request:
             "give the share of the multiply-accumulates to keep (0.5), parameters=0.5, auto, zeros, or a pruning.toml",
         )
     return Request(kind, share)  # type: ignore[arg-type]
+
+
+def latency(text: str) -> Request:
+    """`2x` or `1.5`. Raises UsageError."""
+    try:
+        factor = float(text.removesuffix("x"))
+    except ValueError:
+        factor = 0.0
+    if not 1 < factor < 1000:
+        raise UsageError(f"--prune-latency {text}", "say how many times faster, for example 2x")
+    return Request("latency", factor)
 
 
 @dataclass(frozen=True)
@@ -147,6 +162,7 @@ def pruned(
     step: PruneChannels,
     data: Dataset,
     drop: float | None,
+    stopwatch: Stopwatch | None,
     progress: Progress,
 ) -> tuple[ir.Model, dict[str, Any], PruningPlan | None]:
     """(pruned model, {"pruning": its record, "told"}, plan). drop: accuracy that pruning may lose; None: whatever.
@@ -157,12 +173,17 @@ def pruned(
         return *_zeros(model), None
     split = samples(data, step.seed)
     plan: PruningPlan
+    timed: Timed | None = None
     if asked.kind == "auto":
         made, plan, found = _ladder(model, step, split, 0.01 if drop is None else drop, progress)
     else:
         if asked.plan is not None:
             _check(asked, model)
             plan = asked.plan
+        elif asked.kind == "latency" and stopwatch is not None:
+            measured = step.measured(model, split.fit, split.choose, progress)
+            timed = share_for(asked.share or 1.0, step, measured, stopwatch, progress)
+            plan = replace(step, budget=timed.share, measure="macs").decide(measured)
         else:
             step = replace(step, budget=asked.share or 0.5, measure=asked.kind)  # type: ignore[arg-type]
             plan = step.plan(model, split.fit, split.choose, progress)
@@ -179,7 +200,7 @@ def pruned(
             f"pruning alone loses {100 * lost:.1f} points, more than the {100 * drop:.1f} allowed",
             "keep more (a larger --prune), or --prune auto",
         )
-    return made, _record(plan, found, split), plan
+    return made, _record(plan, found, split, timed), plan
 
 
 def _check(asked: Request, model: ir.Model) -> None:
@@ -211,11 +232,13 @@ def _ladder(
     return best
 
 
-def _record(plan: PruningPlan, found: Verdict, split: Samples) -> dict[str, Any]:
+def _record(plan: PruningPlan, found: Verdict, split: Samples, timed: Timed | None) -> dict[str, Any]:
     told = [
         f"pruned to {plan.macs:.0%} of the multiply-accumulates and {plan.parameters:.0%} of the parameters; "
         f"{found.words()}"
     ]
+    if timed is not None:
+        told.append(timed.words())
     if split.fit.samples < SENSIBLE:
         told.append(f"pruned on {split.fit.samples} samples only: give {2 * SENSIBLE} or more, better {2 * SAMPLES}")
     stays = frozen(plan.families)
@@ -225,6 +248,7 @@ def _record(plan: PruningPlan, found: Verdict, split: Samples) -> dict[str, Any]
         "parameters_kept": plan.parameters,
         "plan": plan.to_json(),
         "verdict": found.to_json(),
+        "timed": None if timed is None else timed.to_json(),
         "frozen": stays,
         "samples": {"fit": split.fit.samples, "choose": split.choose.samples, "judge": found.samples},
         "sample_ids": split.fit.sample_ids() + split.choose.sample_ids(),

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from edgekit.dataset import Dataset
     from edgekit.passes.plan_file import PlanFile
     from edgekit.passes.quantize import QuantizeInt8
+    from edgekit.prune_latency import Stopwatch
     from edgekit.pruning import Request
 
 FOLD_BOUND = 1e-4  # of the largest output: float32 rounding through a deep network; the issue's own bound
@@ -64,6 +65,7 @@ class Conversion:
     plan: PlanFile | None = None
     prune: Request | None = None
     channel_multiple: int = 8
+    timing: tuple[str, ...] = ()  # backends to time float models in
     warnings: list[str] = field(default_factory=list)
     _quantized: dict[tuple[int, int], tuple[ir.Model, dict[str, Any], str]] = field(default_factory=dict)
 
@@ -154,10 +156,13 @@ class Conversion:
             "pass": repr(step),
             "data": self.data_digest(),
             "budget": self.max_accuracy_drop,
+            "timing": list(self.timing) if asked.kind == "latency" else [],
         }
 
         def make() -> tuple[ir.Model, dict[str, Any]]:
-            made, record, plan = pruning.pruned(model, asked, step, self.bound, self.max_accuracy_drop, self.progress)
+            made, record, plan = pruning.pruned(
+                model, asked, step, self.bound, self.max_accuracy_drop, self._stopwatch, self.progress
+            )
             if plan is not None:
                 prune_plan_file.write(self.root / prune_plan_file.FILE, plan, digest(model))
             return made, record
@@ -211,6 +216,14 @@ class Conversion:
         plan, record = quantizing.plan(model, step, samples, self._remaining_drop, self.progress)
         quantizing.write(self.root, plan, model)
         return quantizing.applied(model, plan), {**record, "calibration": self.calibration_record()}
+
+    @property
+    def _stopwatch(self) -> Stopwatch | None:
+        """Of the first target, whose latency is what was asked for."""
+        from edgekit.prune_latency import Stopwatch
+
+        timing = [backends.get(name) for name in self.timing]
+        return Stopwatch(timing, self._about, self.seed) if timing else None
 
     @property
     def _remaining_drop(self) -> float | None:
