@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from hypothesis import reject
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
@@ -281,7 +282,15 @@ def networks(draw: st.DrawFn, kinds: Sequence[str] = (), most: int = 6, fixed: b
         b.add("MatMul", [b.at, b.weight(b.shape[-1], 3)], (*b.shape[:-1], 3))
     inner = [n for n in b.values if n not in ("x", b.at)]
     model = _model(b, [b.at, draw(st.sampled_from(inner))] if draw(st.integers(0, 5)) == 0 else [b.at])
-    return (M.with_batch(model, 3) if (draw(st.booleans()) if fixed is None else fixed) else model), b.seed
+    if draw(st.booleans()) if fixed is None else fixed:
+        model = M.with_batch(model, 3)
+    try:
+        run(model, sample(b.seed))
+        if M.batch_of(M.signature(model)) is None:
+            run(model, {"x": sample(b.seed)["x"][:1]})
+    except Exception:  # two values that differ in batch only, beside each other: the builder does not see it
+        reject()
+    return model, b.seed
 
 
 def sample(seed: int) -> dict[str, Array]:
