@@ -184,7 +184,8 @@ def main() -> None:
     "--prune",
     metavar="SHARE",
     help="Remove channels until this share of the multiply-accumulates is left (0.5); or parameters=0.5, auto (as much "
-    "as --max-accuracy-drop allows), zeros (channels that are zero already), or a pruning.toml.",
+    "as --max-accuracy-drop allows), zeros (channels that are zero already), a pruning.toml; or weights=0.5, 2:4: zeros "
+    "among the weights.",
 )
 @click.option(
     "--prune-latency", metavar="2x", help="Remove channels until the first target is so much faster, measured."

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from edgekit.errors import ArtifactError, BudgetError, CollapsedError, DatasetError, UsageError
+from edgekit.errors import ArtifactError, BudgetError, CollapsedError, DatasetError, UnsupportedOpError, UsageError
 from edgekit.passes import prune_plan_file
 from edgekit.passes.judge import Judge, Score
 from edgekit.passes.prune_plan import PruningPlan, frozen
+from edgekit.passes.prune_weights import Pattern, PruneWeights, compressed, sparsity
 from edgekit.prune_latency import Stopwatch, Timed, share_for
 from edgekit.quantizing import digest
 from edgekit.report.progress import Progress
@@ -33,44 +34,69 @@ COLLAPSED_DB = 3.0
 LOSSES = ((0.60, 16.0), (0.70, 13.0), (0.83, 5.2), (0.87, 3.9), (0.925, 1.9), (0.96, 0.45), (0.98, 0.2), (1.0, 0.0))
 # shares of the multiply-accumulates that `auto` tries, while the budget on accuracy holds
 LADDER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-Kind = Literal["macs", "parameters", "auto", "latency", "zeros", "plan"]
+Kind = Literal["macs", "parameters", "auto", "latency", "zeros", "plan", "weights"]
 
 
 @dataclass(frozen=True)
 class Request:
     """kind: what the number is a share of, or another way to say it. plan, sha256: of a file.
 
-    share: to keep, or of kind "latency" how many times faster.
+    share: to keep, or of kind "latency" how many times faster. pattern: of kind "weights".
     """
 
     kind: Kind
     share: float | None = None
     plan: PruningPlan | None = None
     sha256: str = ""
+    pattern: Pattern | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "share": self.share, "plan": None if self.plan is None else self.plan.to_json()}
+        told = None if self.pattern is None else str(self.pattern)
+        return {
+            "kind": self.kind,
+            "share": self.share,
+            "pattern": told,
+            "plan": None if self.plan is None else self.plan.to_json(),
+        }
 
 
 def request(text: str) -> Request:
-    """`0.5`, `macs=0.5`, `parameters=0.5`, `auto`, `zeros`, or a pruning.toml. Raises UsageError, ArtifactError."""
+    """`0.5`, `macs=0.5`, `parameters=0.5`, `weights=0.5`, `2:4`, `auto`, `zeros`, or a pruning.toml.
+
+    Raises UsageError, ArtifactError.
+    """
     if text in ("auto", "zeros"):
         return Request(text)  # type: ignore[arg-type]
     if text.endswith(".toml"):
         plan, sha256 = prune_plan_file.read(Path(text))
         return Request("plan", None, plan, sha256)
+    if (pattern := _pattern(text)) is not None:
+        return Request("weights", pattern.share, pattern=pattern)
     kind, _, number = text.rpartition("=")
     kind = {"": "macs", "params": "parameters", "size": "parameters"}.get(kind, kind)
     try:
         share = float(number)
     except ValueError:
         share = -1.0
-    if kind not in ("macs", "parameters") or not 0 < share < 1:
+    if kind not in ("macs", "parameters", "weights") or not 0 < share < 1:
         raise UsageError(
             f"--prune {text}",
-            "give the share of the multiply-accumulates to keep (0.5), parameters=0.5, auto, zeros, or a pruning.toml",
+            "give the share of the multiply-accumulates to keep (0.5), parameters=0.5, weights=0.5, 2:4, auto, zeros, "
+            "or a pruning.toml",
         )
+    if kind == "weights":
+        return Request("weights", share, pattern=Pattern(share))
     return Request(kind, share)  # type: ignore[arg-type]
+
+
+def _pattern(text: str) -> Pattern | None:
+    """`2:4` is 2 weights of every 4 that stay."""
+    keep, colon, of = text.partition(":")
+    if not colon or not (keep.isdigit() and of.isdigit()):
+        return None
+    if not 0 < int(keep) < int(of) <= 64:
+        raise UsageError(f"--prune {text}", "give how many weights of every how many stay, for example 2:4")
+    return Pattern(int(keep), int(of))
 
 
 def latency(text: str) -> Request:
@@ -172,6 +198,8 @@ def pruned(
     if asked.kind == "zeros":
         return *_zeros(model), None
     split = samples(data, step.seed)
+    if asked.pattern is not None:
+        return *_weights(model, asked.pattern, split, step.seed, drop, progress), None
     plan: PruningPlan
     timed: Timed | None = None
     if asked.kind == "auto":
@@ -190,17 +218,60 @@ def pruned(
         made, _ = step.apply(model, plan, split.fit, progress)
         progress("judge the pruned model", 0, 0)
         found = verdict(model, made, split.judge)
+    _refuse(found, drop)
+    return made, _record(plan, found, split, timed), plan
+
+
+def _refuse(found: Verdict, drop: float | None) -> None:
+    """Raise CollapsedError for what is no model any more, BudgetError for what loses more than it may."""
     if found.collapsed:
         raise CollapsedError(
             f"the pruned model has collapsed: it {found.words()}",
-            "keep more (a larger --prune), give more samples, or let it recover with --distill 5m",
+            "keep more (a larger --prune), or give more samples",
         )
     if drop is not None and (lost := found.loss()) is not None and lost > drop:
         raise BudgetError(
             f"pruning alone loses {100 * lost:.1f} points, more than the {100 * drop:.1f} allowed",
             "keep more (a larger --prune), or --prune auto",
         )
-    return made, _record(plan, found, split, timed), plan
+
+
+def _weights(
+    model: ir.Model, pattern: Pattern, split: Samples, seed: int, drop: float | None, progress: Progress
+) -> tuple[ir.Model, dict[str, Any]]:
+    """Zeros in the weights: smaller once compressed, and no faster here."""
+    made, layers = PruneWeights(pattern, seed=seed).apply(model, split.fit, progress)
+    progress("judge the pruned model", 0, 0)
+    found = verdict(model, made, split.judge)
+    _refuse(found, drop)
+    zeros, (before, after) = sparsity(layers, made), compressed([model, made])
+    told = [
+        f"{pattern}: {zeros:.0%} of the weights of {len(layers)} layers are zero, {after / before:.2f}× the size when "
+        f"deflated; {found.words()}; CPU runtimes multiply zeros as fast as other numbers, so no speed is claimed"
+    ]
+    record = {
+        "kind": "weights",
+        "pattern": str(pattern),
+        "zeros": zeros,
+        "deflated_bytes": [before, after],
+        "layers": layers,
+        "verdict": found.to_json(),
+        **_seen(split, found),
+    }
+    return made, {"pruning": record, "told": told + _few(split)}
+
+
+def _seen(split: Samples, found: Verdict) -> dict[str, Any]:
+    return {
+        "samples": {"fit": split.fit.samples, "choose": split.choose.samples, "judge": found.samples},
+        "sample_ids": split.fit.sample_ids() + split.choose.sample_ids(),
+    }
+
+
+def _few(split: Samples) -> list[str]:
+    if split.fit.samples >= SENSIBLE:
+        return []
+    return [f"pruned on {split.fit.samples} samples only: give {2 * SENSIBLE} or more, better {2 * SAMPLES}"]
 
 
 def _check(asked: Request, model: ir.Model) -> None:
@@ -239,8 +310,7 @@ def _record(plan: PruningPlan, found: Verdict, split: Samples, timed: Timed | No
     ]
     if timed is not None:
         told.append(timed.words())
-    if split.fit.samples < SENSIBLE:
-        told.append(f"pruned on {split.fit.samples} samples only: give {2 * SENSIBLE} or more, better {2 * SAMPLES}")
+    told += _few(split)
     stays = frozen(plan.families)
     record: Mapping[str, Any] = {
         "kind": "channels",
@@ -250,15 +320,25 @@ def _record(plan: PruningPlan, found: Verdict, split: Samples, timed: Timed | No
         "verdict": found.to_json(),
         "timed": None if timed is None else timed.to_json(),
         "frozen": stays,
-        "samples": {"fit": split.fit.samples, "choose": split.choose.samples, "judge": found.samples},
-        "sample_ids": split.fit.sample_ids() + split.choose.sample_ids(),
+        **_seen(split, found),
     }
     return {"pruning": record, "told": told}
 
 
 def _zeros(model: ir.Model) -> tuple[ir.Model, dict[str, Any]]:
     """Exact: channels of zeros go, nothing is fitted."""
+    from edgekit.inspection import inspect
     from edgekit.passes.prune_zeros import prune_zeros
 
     made, record = prune_zeros(model)
-    return made, {"pruning": {"kind": "zeros", **record}, "told": [record["words"]]}
+    if not record["removed"]:
+        raise UnsupportedOpError(
+            "no channel of this model is zero",
+            "--prune zeros shrinks models that were masked; --prune 0.5 prunes this one",
+        )
+    shares = {}
+    before, after = (inspect(m, backends_too=False) for m in (model, made))
+    for key in ("macs", "parameters"):
+        if before[key] and after[key] is not None:
+            shares[f"{key}_kept"] = after[key] / before[key]
+    return made, {"pruning": {"kind": "zeros", **shares, **record}, "told": [record["words"]]}
