@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from hypothesis import reject
 from hypothesis import strategies as st
@@ -335,7 +336,7 @@ def _without(graph: Any, node: Any, coupling: Coupling, keep: Array) -> None:
     if labels is None or keep[labels].all():
         return
     mask = G.new_constant(graph, f"{node.name}/mask", keep[labels].astype(np.float32))
-    product = M.ir.node("Mul", [value, mask], name=f"{node.name}/mask")
+    product = ir.node("Mul", [value, mask], name=f"{node.name}/mask")
     graph.insert_before(node, product)
     node.replace_input_with(0, product.outputs[0])
 

@@ -187,7 +187,8 @@ def test_hidden_units_of_zeros() -> None:
         arrays[name].reshape(2, 4, 6, -1)[:, :, [1, 4]] = 0
     arrays["b"].reshape(2, 8, 6)[:, :, [1, 4]] = 0
     model = graph(
-        [node("Transpose", ["x"], ["s"], perm=[1, 0, 2]), node("LSTM", ["s", "w", "r", "b"], ["", "h"], name="l", hidden_size=6, direction="bidirectional"),
+        [node("Transpose", ["x"], ["s"], perm=[1, 0, 2]),
+         node("LSTM", ["s", "w", "r", "b"], ["", "h"], name="l", hidden_size=6, direction="bidirectional"),
          node("Transpose", ["h"], ["t"], perm=[1, 0, 2]), node("Reshape", ["t", "to"], ["f"]),
          node("MatMul", ["f", "wy"], ["y"], name="y")],
         {"x": ["n", 5, 3]}, {"y": ["n", 2]}, {**arrays, "to": np.array([-1, 12])},

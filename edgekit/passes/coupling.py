@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -204,20 +205,56 @@ class Meter:
     sizes: Mapping[str, Sequence[int]]  # "node:position" -> shape of the constant
 
     def macs(self, keep: Array) -> float:
-        return sum(self._share(w.factors, keep) * w.macs for w in self.coupling.works)
+        counts, labels = self._works
+        return float(counts @ labels.shares(keep))
 
     def parameters(self, keep: Array) -> float:
+        counts, labels = self._constants
+        return float(counts @ labels.shares(keep))
+
+    @cached_property
+    def _works(self) -> tuple[Array, _Products]:
+        works = self.coupling.works
+        return np.array([w.macs for w in works]), _Products.of([w.factors for w in works])
+
+    @cached_property
+    def _constants(self) -> tuple[Array, _Products]:
         axes: dict[str, list[Array]] = {name: [] for name in self.sizes}
         for site in self.coupling.sites:
             axes[f"{site.node}:{site.position}"].append(site.labels)
-        return sum(float(np.prod(self.sizes[name])) * self._share(found, keep) for name, found in axes.items())
+        counts = np.array([float(np.prod(self.sizes[name])) for name in axes])
+        return counts, _Products.of(list(axes.values()))
+
+
+@dataclass(frozen=True)
+class _Products:
+    """For each of several things arrays of labels, all in one, where each array starts, and whose it is."""
+
+    count: int
+    labels: Array
+    starts: Array
+    lengths: Array
+    owners: Array
 
     @staticmethod
-    def _share(factors: Iterable[Array], keep: Array) -> float:
-        share = 1.0
-        for labels in factors:
-            share *= float(keep[labels].mean())
-        return share
+    def of(things: Sequence[Sequence[Array]]) -> _Products:
+        found = [(owner, labels) for owner, arrays in enumerate(things) for labels in arrays if len(labels)]
+        lengths = np.array([len(labels) for _, labels in found], np.int64)
+        return _Products(
+            len(things),
+            np.concatenate([np.array([], np.int64), *(labels for _, labels in found)]),
+            np.cumsum(lengths) - lengths,
+            lengths,
+            np.array([owner for owner, _ in found], np.int64),
+        )
+
+    def shares(self, keep: Array) -> Array:
+        """float64: of each thing the product of the shares of its arrays that are kept."""
+        out = np.ones(self.count)
+        if len(self.labels):
+            kept = np.add.reduceat(keep[self.labels].astype(np.int64), self.starts)
+            np.multiply.at(out, self.owners, kept / self.lengths)
+        return out
 
 
 def sizes(value: ir.Value | None) -> list[int | None] | None:
