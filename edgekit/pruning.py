@@ -215,11 +215,23 @@ def pruned(
         else:
             step = replace(step, budget=asked.share or 0.5, measure=asked.kind)  # type: ignore[arg-type]
             plan = step.plan(model, split.fit, split.choose, progress)
+            _reached(plan)
         made, _ = step.apply(model, plan, split.fit, progress)
         progress("judge the pruned model", 0, 0)
         found = verdict(model, made, split.judge)
     _refuse(found, drop)
     return made, _record(plan, found, split, timed), plan
+
+
+def _reached(plan: PruningPlan) -> None:
+    """Raise BudgetError where even the narrowest widths leave more than was asked for."""
+    left, what = (plan.macs, "multiply-accumulates") if plan.measure == "macs" else (plan.parameters, "parameters")
+    if left > plan.budget * 1.001:
+        stays = f"; what stays whole: {'; '.join(frozen(plan.families)[:3])}" if frozen(plan.families) else ""
+        raise BudgetError(
+            f"pruning cannot leave {plan.budget:.0%} of the {what}: cut as far as it goes, {left:.0%} are left{stays}",
+            "ask for less",
+        )
 
 
 def _refuse(found: Verdict, drop: float | None) -> None:
