@@ -21,6 +21,7 @@ PASSES: Mapping[str, str] = {
     "smooth": "edgekit.passes.smooth:Smooth",
     "quantize": "edgekit.passes.quantize:QuantizeInt8",
     "quantize_weights": "edgekit.passes.quantize_weights:QuantizeWeights",
+    "prune_zeros": "edgekit.passes.prune_zeros:PruneZeros",
 }
 
 
