@@ -7,9 +7,6 @@ one. What can be refused without it is refused before it starts.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import zipfile
 import zlib
@@ -17,24 +14,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import onnx
 
-from edgekit import errors
-from edgekit.errors import DatasetError, EdgekitError, MissingExtraError, ModelFileError, ShapeError
+from edgekit.errors import DatasetError, ModelFileError, ShapeError
 from edgekit.model import Signature, Tensors, TensorSpec, batch_of, seeded_inputs
 from edgekit.sources import keras_worker
+from edgekit.sources.keras_process import PYTHON_VARIABLE as PYTHON_VARIABLE
+from edgekit.sources.keras_process import KerasProcess, as_error
 
 if TYPE_CHECKING:
     from edgekit.dataset import Dataset
 
-PYTHON_VARIABLE = "EDGEKIT_KERAS_PYTHON"
 CHECK_SAMPLES = 16
 _HDF5 = b"\x89HDF\r\n\x1a\n"
-_WORKER = Path(keras_worker.__file__)
-_EXIT_GRACE_S = 10.0
+_SCRIPT = Path(keras_worker.__file__)
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,7 @@ def convert(
     Raises ModelFileError, UnsafeModelError, UnsupportedOpError, ShapeError, NonFiniteError, MissingExtraError.
     """
     check_file(path, kind, trust=trust)
-    with tempfile.TemporaryDirectory(prefix="edgekit-keras-") as folder, _Worker(path.name) as worker:
+    with tempfile.TemporaryDirectory(prefix="edgekit-keras-") as folder, KerasProcess(_SCRIPT, path.name) as worker:
         work = Path(folder)
         worker.say(
             {
@@ -104,7 +100,7 @@ def check_file(path: Path, kind: Literal["keras", "h5", "savedmodel"], *, trust:
         try:
             keras_worker.scan_config(config, path.name, trust=trust)
         except keras_worker.Refused as refused:
-            raise _as_error(refused.kind, refused.what, refused.remedy) from refused
+            raise as_error(refused.kind, refused.what, refused.remedy) from refused
     elif kind == "h5":
         with _reading(path), path.open("rb") as file:
             head = file.read(len(_HDF5))
@@ -215,104 +211,3 @@ def _shape_outputs(proto: onnx.ModelProto, batches: Sequence[Tensors], results: 
                 dim.dim_param = "batch"
             elif len(set(sizes)) == 1:
                 dim.dim_value = sizes[0]
-
-
-# --- the process ----------------------------------------------------------------------------------------------------
-class _Worker:
-    """The worker process as a context manager; it ends with the block, whatever ends the block.
-
-    Its stderr goes to a log file, which is kept, and named in the error, only if the process fails unexpectedly.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._python = os.environ.get(PYTHON_VARIABLE) or sys.executable
-
-    def __enter__(self) -> _Worker:
-        self._log: IO[bytes] = tempfile.NamedTemporaryFile(prefix="edgekit-keras-", suffix=".log", delete=False)
-        try:
-            self._process = subprocess.Popen(
-                [self._python, str(_WORKER)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-                env=_environment(),
-                text=True,
-                encoding="utf-8",
-            )
-        except OSError as error:
-            self._close(keep=False)
-            raise MissingExtraError(
-                f"cannot start Python '{self._python}' for Keras: {error.strerror}",
-                f"set {PYTHON_VARIABLE} to a Python that has TensorFlow, or: pip install 'edgekit[keras]'",
-            ) from error
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                try:
-                    pipe.close()
-                except BrokenPipeError:
-                    continue  # what was still to be written has no reader any more
-        self._close(keep=isinstance(error, _Crashed))
-
-    def _close(self, *, keep: bool) -> None:
-        self._log.close()
-        if not keep:
-            Path(self._log.name).unlink(missing_ok=True)
-
-    def say(self, message: Mapping[str, Any]) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            return  # it died: reading its answer tells how
-
-    def until(self, key: str, progress: Callable[[str], None]) -> Any:
-        """The value of the next answer that has `key`; raises what the worker reports."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            message = json.loads(line)
-            if "stage" in message:
-                progress(message["stage"])
-            if "error" in message:
-                error = message["error"]
-                raise _as_error(error["kind"], error["what"], error["remedy"])
-            if key in message:
-                return message[key]
-        raise self._crashed()
-
-    def _crashed(self) -> _Crashed:
-        """The process ended without an answer."""
-        try:
-            code = self._process.wait(_EXIT_GRACE_S)
-        except subprocess.TimeoutExpired:
-            code = None
-        how = "did not answer" if code is None else f"died by signal {-code}" if code < 0 else f"ended with code {code}"
-        lines = [t.strip() for t in Path(self._log.name).read_text("utf-8", "replace").splitlines() if t.strip()]
-        last = f": {lines[-1][:200]}" if lines else ""
-        return _Crashed(f"Keras on '{self._name}' {how}{last}", f"its log is in {self._log.name}")
-
-
-class _Crashed(ModelFileError):
-    """The worker failed in a way that nobody foresaw."""
-
-    exit_code = ModelFileError.exit_code
-
-
-def _as_error(kind: str, what: str, remedy: str) -> EdgekitError:
-    """The class of edgekit.errors that the worker named."""
-    found = getattr(errors, kind)
-    error: EdgekitError = found(what, remedy)
-    return error
-
-
-def _environment() -> dict[str, str]:
-    """Quiet, on the CPU, with Keras 3 on TensorFlow; tf2onnx walks sets, so the hash seed decides what it writes."""
-    given = {k: v for k, v in os.environ.items() if k not in ("TF_USE_LEGACY_KERAS", "PYTHONSTARTUP")}
-    fixed = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1", "KERAS_BACKEND": "tensorflow"}
-    return {**given, **fixed, "PYTHONHASHSEED": "0"}
