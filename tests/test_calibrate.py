@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgekit.errors import NoCalibrationDataError, NonFiniteError
 from edgekit.passes import calibrate
-from edgekit.passes.calibrate import BINS, Observed, fill_histograms, held_back, observe
+from edgekit.passes.calibrate import BINS, Observed, bounded, fill_histograms, held_back, observe
 from tests.quantize_graphs import Array, Batch, Samples, evaluate, graph, node, normal
 
 
@@ -169,3 +170,23 @@ def test_memory_does_not_grow_with_the_samples() -> None:
 
     peak(100)
     assert peak(10000) <= 1.1 * peak(500)
+
+
+def test_what_hard_swish_flattens_is_clipped() -> None:
+    """It is 0 below -3: a range that goes on to -20 wastes most of its levels."""
+    values = np.random.default_rng(0).uniform(-20, 4, (100, 64)).astype(np.float32)
+    seen = Observed()
+    seen.extend(values, 1)
+    seen.count(values, 1)
+    seen.through = bounded(ir.node("HardSwish", [ir.Value(name="x")]))
+    low, high = seen.range("mse")
+
+    def lost(low: float, high: float) -> float:
+        scale = (high - low) / 255
+        zero = np.rint(-128 - low / scale)
+        got = (np.clip(np.rint(values / scale) + zero, -128, 127) - zero) * scale
+        swish = [x * np.clip(x + 3, 0, 6) / 6 for x in (got, values.astype(np.float64))]
+        return float(np.square(swish[0] - swish[1]).mean())
+
+    assert -6 < low < -2
+    assert lost(low, high) < lost(float(values.min()), float(values.max())) / 4

@@ -184,7 +184,7 @@ def squared_error(counts: Array, centres: Array, low: float, high: float, throug
 
 
 def bounded(node: ir.Node) -> Function | None:
-    """The operator as a function if it is flat far from 0, else None."""
+    """The operator as a function if it is flat far from 0, on one side at least, else None."""
     if node.op_type == "Tanh":
         return np.tanh
     if node.op_type == "Sigmoid":
@@ -193,6 +193,8 @@ def bounded(node: ir.Node) -> Function | None:
         slope = float(node.attributes.get_float("alpha", 0.2) or 0.0)
         offset = float(node.attributes.get_float("beta", 0.5) or 0.0)
         return lambda x: np.clip(slope * x + offset, 0.0, 1.0)
+    if node.op_type == "HardSwish":
+        return lambda x: x * np.clip(x / 6 + 0.5, 0.0, 1.0)
     return None
 
 
