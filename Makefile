@@ -18,7 +18,7 @@ demo: $(VENV)/.has-openvino $(VENV)/.has-tflite
 	@$(BIN)/edgekit demo
 
 test: $(VENV)/.has-dev
-	@$(BIN)/python -m pytest $(TESTS)
+	@$(BIN)/python -m pytest -n auto --dist loadfile $(TESTS)
 
 lint: $(VENV)/.has-dev
 	@$(BIN)/ruff check .
