@@ -184,12 +184,17 @@ def main() -> None:
     "--prune",
     metavar="SHARE",
     help="Remove channels until this share of the multiply-accumulates is left (0.5); or parameters=0.5, auto (as much "
-    "as --max-accuracy-drop allows), zeros (channels that are zero already), a pruning.toml; or weights=0.5, 2:4: zeros "
-    "among the weights.",
+    "as --max-accuracy-drop allows), zeros (channels that are zero already), a pruning.toml; or weights=0.5, 2:4: "
+    "zeros among the weights.",
 )
+@click.option("--prune-latency", metavar="2x", help="Remove channels until the first target is so much faster.")
 @click.option(
-    "--prune-latency", metavar="2x", help="Remove channels until the first target is so much faster, measured."
+    "--distill",
+    callback=_seconds,
+    metavar="5m",
+    help="After pruning, the model as it came teaches the smaller one for so long; no labels. Needs edgekit[keras].",
 )
+@click.option("--emit-keras", is_flag=True, help="Write the pruned model as pruned.keras too, to train it further.")
 @click.option("--weight-bits", type=click.Choice(["auto", "7", "8"]), default="auto", show_default=True)
 @click.option(
     "--io",

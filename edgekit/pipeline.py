@@ -26,6 +26,7 @@ from edgekit.target import PRECISIONS, PRUNED, STATIC, CandidateSpec, Target, lo
 if TYPE_CHECKING:
     from edgekit.dataset import Dataset
     from edgekit.preprocessing import Preprocessing
+    from edgekit.pruning import Request
     from edgekit.sources import Source
     from edgekit.stages import Conversion
 
@@ -73,6 +74,8 @@ def convert(
     plan: Path | str | None = None,
     prune: str | None = None,
     prune_latency: str | None = None,
+    distill: float | None = None,
+    emit_keras: bool = False,
     search_time: float | None = None,
     max_accuracy_drop: float | None = None,
     random_calibration: bool = False,
@@ -94,7 +97,9 @@ def convert(
     plan: a plan.toml to apply, or to take overrides from; applied unchanged it needs no data.
     prune: the share of the multiply-accumulates to keep ("0.5"), "parameters=0.5", "auto", "zeros" or a pruning.toml:
     channels are removed. prune_latency: "2x": as many as make the first target's fastest float runtime so much faster,
-    measured here; every candidate is made of the smaller model, float32 of the model as it came stays beside.
+    measured here. distill: seconds for which the float model then teaches the smaller one, without labels.
+    emit_keras: the smaller model as `out/pruned.keras` as well, to train it further. Every candidate is made of the
+    smaller model, float32 of the model as it came stays beside them.
     search_time: seconds after which no further way to quantize is tried. max_accuracy_drop: layers stay float until
     int8 loses no more, on samples that nothing was chosen by; where that fails int8 is not made.
     io: "int8" gives int8 artifacts integer inputs and outputs, where the format has them (tflite).
@@ -109,7 +114,10 @@ def convert(
 
     if prune is not None and prune_latency is not None:
         raise UsageError("--prune and --prune-latency exclude each other", "leave one of them out")
-    asked = read_request(prune) if prune is not None else latency(prune_latency) if prune_latency is not None else None
+    asked = None if prune is None else read_request(prune)
+    if prune_latency is not None:
+        asked = latency(prune_latency)
+    _check_pruning(asked, distill, emit_keras)
     work = _plan_work([load_target(name, targets_dir) for name in names(targets)], precisions, pruned=asked is not None)
     wants_int8 = any(w.candidate.precision in STATIC and not w.skipped for w in work)
     told = None if plan is None else read_plan(Path(plan))
@@ -140,6 +148,7 @@ def convert(
         prune=asked,
         channel_multiple=max(w.target.channel_multiple for w in work),
         timing=_float_backends(work),
+        distill_s=distill,
         random_calibration=random_calibration,
         seed=seed,
         shapes=dict(shapes or {}),
@@ -163,7 +172,26 @@ def convert(
         wrong = [f"{r['candidate']}: {', '.join(r['parity']['reasons'])}" for r in rows if r["status"] == "invalid"]
         raise ConversionMismatchError("no artifact is right: " + "; ".join(wrong), "please report this model")
     job.retire_others()
-    return {"schema": CONVERT_SCHEMA, "build": str(root), **job.summary(), "artifacts": rows}
+    written = {"keras": job.emit_keras()} if emit_keras else {}
+    return {"schema": CONVERT_SCHEMA, "build": str(root), **job.summary(), **written, "artifacts": rows}
+
+
+def _check_pruning(asked: Request | None, distill: float | None, emit_keras: bool) -> None:
+    """Raises UsageError for options that need pruning, MissingExtraError before anything slow."""
+    if asked is None and (distill is not None or emit_keras):
+        raise UsageError("--distill and --emit-keras belong to pruning", "add --prune 0.5")
+    if asked is not None and distill is not None and asked.kind in ("zeros", "weights"):
+        raise UsageError(
+            f"--distill has nothing to teach after --prune {asked.kind}", "prune channels, or leave it out"
+        )
+    if distill is not None or emit_keras:
+        from edgekit.sources import keras_tools
+
+        if not keras_tools():
+            raise MissingExtraError(
+                f"{'--distill' if distill is not None else '--emit-keras'} needs TensorFlow",
+                "pip install 'edgekit[keras]'",
+            )
 
 
 def _float_backends(work: Sequence[_Work]) -> tuple[str, ...]:

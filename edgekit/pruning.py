@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -189,9 +188,12 @@ def pruned(
     data: Dataset,
     drop: float | None,
     stopwatch: Stopwatch | None,
+    distill_s: float | None,
     progress: Progress,
 ) -> tuple[ir.Model, dict[str, Any], PruningPlan | None]:
     """(pruned model, {"pruning": its record, "told"}, plan). drop: accuracy that pruning may lose; None: whatever.
+
+    distill_s: seconds for which the float model teaches what is left, on the samples that layers are fitted on.
 
     model: float, folded. data: bound. Raises CollapsedError, BudgetError, DatasetError, UnsupportedOpError.
     """
@@ -219,8 +221,25 @@ def pruned(
         made, _ = step.apply(model, plan, split.fit, progress)
         progress("judge the pruned model", 0, 0)
         found = verdict(model, made, split.judge)
+    taught = None
+    if distill_s is not None:
+        made, taught = _distilled(model, made, split, distill_s, step.seed, progress)
+        taught["before"], found = found.to_json(), verdict(model, made, split.judge)
     _refuse(found, drop)
-    return made, _record(plan, found, split, timed), plan
+    record = _record(plan, found, split, timed)
+    if taught is not None:
+        record["pruning"]["distilled"] = taught
+        record["told"].insert(1, f"distilled for {taught['seconds']:.0f} s; before, it {taught['before']['words']}")
+    return made, record, plan
+
+
+def _distilled(
+    model: ir.Model, made: ir.Model, split: Samples, seconds: float, seed: int, progress: Progress
+) -> tuple[ir.Model, dict[str, Any]]:
+    from edgekit.passes.prune_channels import prepared_for_pruning
+    from edgekit.recover import distill
+
+    return distill(prepared_for_pruning(model), made, split.fit, split.choose, seconds, seed, progress)
 
 
 def _reached(plan: PruningPlan) -> None:
@@ -239,7 +258,7 @@ def _refuse(found: Verdict, drop: float | None) -> None:
     if found.collapsed:
         raise CollapsedError(
             f"the pruned model has collapsed: it {found.words()}",
-            "keep more (a larger --prune), or give more samples",
+            "keep more (a larger --prune), give more samples, or let it recover with --distill 5m",
         )
     if drop is not None and (lost := found.loss()) is not None and lost > drop:
         raise BudgetError(
@@ -324,7 +343,7 @@ def _record(plan: PruningPlan, found: Verdict, split: Samples, timed: Timed | No
         told.append(timed.words())
     told += _few(split)
     stays = frozen(plan.families)
-    record: Mapping[str, Any] = {
+    record = {
         "kind": "channels",
         "macs_kept": plan.macs,
         "parameters_kept": plan.parameters,

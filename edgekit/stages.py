@@ -65,6 +65,7 @@ class Conversion:
     plan: PlanFile | None = None
     prune: Request | None = None
     channel_multiple: int = 8
+    distill_s: float | None = None
     timing: tuple[str, ...] = ()  # backends to time float models in
     warnings: list[str] = field(default_factory=list)
     _quantized: dict[tuple[int, int], tuple[ir.Model, dict[str, Any], str]] = field(default_factory=dict)
@@ -156,12 +157,20 @@ class Conversion:
             "pass": repr(step),
             "data": self.data_digest(),
             "budget": self.max_accuracy_drop,
+            "distill": self.distill_s,
             "timing": list(self.timing) if asked.kind == "latency" else [],
         }
 
         def make() -> tuple[ir.Model, dict[str, Any]]:
             made, record, plan = pruning.pruned(
-                model, asked, step, self.bound, self.max_accuracy_drop, self._stopwatch, self.progress
+                model,
+                asked,
+                step,
+                self.bound,
+                self.max_accuracy_drop,
+                self._stopwatch,
+                self.distill_s,
+                self.progress,
             )
             if plan is not None:
                 prune_plan_file.write(self.root / prune_plan_file.FILE, plan, digest(model))
@@ -399,6 +408,15 @@ class Conversion:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean '{near[0]}'?" if near else "`edgekit inspect --layers` lists them"
                 raise UsageError(f"--keep-float: no node '{name}' in the cleaned-up model", hint)
+
+    def emit_keras(self) -> dict[str, Any]:
+        """Write the pruned model as a .keras of standard layers. Raises UnsupportedOpError, MissingExtraError."""
+        from edgekit.sources.keras_writer import write_keras
+
+        path = self.root / "pruned.keras"
+        data = self.bound.take(32, self.seed) if self.dataset is not None else None
+        record = write_keras(self.pruned[0], path, lambda stage: self.progress(stage, 0, 0), data)
+        return {"path": str(path), **record}
 
     def retire(self, target: str, candidate: str) -> None:
         """Remove an artifact that this run could not make: what stands there belongs to an earlier one."""

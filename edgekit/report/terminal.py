@@ -100,6 +100,8 @@ def print_convert(result: Mapping[str, Any], out: Console | None = None) -> None
         for text in (*failed, *row.get("notes", ())):
             whose.setdefault(text, []).append(f"{row['target']}/{row['candidate']}")
     _list(out, (f"{', '.join(names)}: {text}" for text, names in whose.items()), "yellow")
+    if "keras" in result:
+        out.print(f"{result['keras']['path']}: standard Keras layers, to train further", soft_wrap=True)
     _list(out, (f"warning: {w}" for w in result.get("warnings", ())), "yellow")
     out.print(f"{result['build']}", soft_wrap=True)
 
