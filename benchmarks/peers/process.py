@@ -64,7 +64,8 @@ def run(command: list[str], timeout_s: float, log: Path, folder: Path, env: dict
     if late:
         error = f"timeout: stopped after {timeout_s:.0f} CPU seconds or {WALL * timeout_s:.0f} s"
     elif process.returncode:
-        error = _short(err.read_text(encoding="utf-8", errors="replace"), process.returncode)
+        told_of = err.read_text(encoding="utf-8", errors="replace")
+        error = _short(told_of.replace(f"{folder}/", ""), process.returncode)
     return Outcome(error, told, seconds, usage.ru_utime + usage.ru_stime, peak)
 
 

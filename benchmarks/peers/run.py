@@ -1,6 +1,6 @@
 """edgekit and its peers on the same models with the same samples, each in an environment of its own; writes RESULTS.md.
 
-    EDGEKIT_ZOO=FOLDER python benchmarks/peers/run.py [--models A,B] [--tools C,D] [--extra FOLDER] [--again]
+    EDGEKIT_ZOO=FOLDER python benchmarks/peers/run.py [--models A,B] [--tools C,D] [--skip E,F] [--extra FOLDER]
 
 What was done before is kept below --work and not done again, unless --again; RESULTS.md always has all that is there.
 """
@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,12 @@ def _key(case: Case, samples: int) -> str:
     return digest.hexdigest()
 
 
+def without(tools: list[Tool], skipped: list[str]) -> list[Tool]:
+    """The tools without the settings that have one of these words in their name; tools without settings left out."""
+    kept = [replace(t, variants=tuple(v for v in t.variants if not any(w in v for w in skipped))) for t in tools]
+    return [tool for tool in kept if tool.variants]
+
+
 def compare(case: Case, tools: list[Tool], work: Path, envs: Path, samples: int, timeout_s: float, again: bool) -> None:
     """Every tool with every setting on one model; what is known already is left."""
     key = _key(case, samples)
@@ -123,6 +130,9 @@ def _chosen(given: str | None, known: list[str], kind: str) -> list[str]:
 @click.command()
 @click.option("--models", "wanted", help="Only these, separated by commas.")
 @click.option("--tools", "asked", help=f"Only these: {', '.join(TOOLS)}.")
+@click.option(
+    "--skip", "skipped", default="", help="Settings with one of these words, separated by commas, aren't run."
+)
 @click.option("--samples", default=256, show_default=True, type=click.IntRange(1), help="Calibration samples.")
 @click.option("--extra", type=click.Path(exists=True, file_okay=False, path_type=Path), envvar="EDGEKIT_EXTRA_MODELS")
 @click.option("--envs", default=HERE / ".envs", type=click.Path(path_type=Path), help="Environments of the tools.")
@@ -135,6 +145,7 @@ def _chosen(given: str | None, known: list[str], kind: str) -> list[str]:
 def main(
     wanted: str | None,
     asked: str | None,
+    skipped: str,
     samples: int,
     extra: Path | None,
     envs: Path,
@@ -146,6 +157,7 @@ def main(
     there = models.available(extra)
     names = _chosen(wanted, list(there), "model")
     tools = [TOOLS[name] for name in _chosen(asked, list(TOOLS), "tool")]
+    tools = without(tools, [word for word in skipped.split(",") if word])
     envs, work = envs.resolve(), work.resolve()
     for name in names:
         case = models.prepare(name, there[name], work / "models", samples)

@@ -16,7 +16,9 @@ ISA = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8m
 SCORES = {"classification": "accuracy", "tokens": "bits/token", "regression": "score"}
 HEADER = """# edgekit and its peers
 
-`EDGEKIT_ZOO=FOLDER python benchmarks/peers/run.py [--extra FOLDER]` writes this page.
+`EDGEKIT_ZOO=FOLDER python benchmarks/peers/run.py [--extra FOLDER]` writes this page. The zoo's models are in
+[RESULTS.md](RESULTS.md); models that edgekit's methods were not made with, by `train_models.py` and `rescale.py`, in
+[RESULTS-unseen.md](RESULTS-unseen.md).
 
 {date}, {machine}.
 
@@ -89,7 +91,21 @@ def written(work: Path, order: list[str]) -> str:
         found[folder.name] = [row for record in records for row in rows_of(record, abouts[folder.name]["task"])]
     rows = [row for rows in found.values() for row in rows]
     head = HEADER.format(date=date.today().isoformat(), machine=_machine(), versions=_versions(rows))
-    return "\n".join([head, _summary(found), *(_model(name, abouts[name], rows) for name, rows in found.items())])
+    return "\n".join(
+        [
+            head,
+            *_left_out(rows, order),
+            _summary(found),
+            *(_model(name, abouts[name], rows) for name, rows in found.items()),
+        ]
+    )
+
+
+def _left_out(rows: list[Row], order: list[str]) -> list[str]:
+    """Which settings ran on no model."""
+    ran = {f"{row.record['tool']}: {row.record['variant']}" for row in rows}
+    missing = [f"- {name}" for name in order if name not in ran]
+    return ["Settings that were not run:", "", *missing, ""] if missing else []
 
 
 def _summary(found: dict[str, list[Row]]) -> str:
