@@ -14,7 +14,7 @@ from edgekit.passes.calibrate import BINS, FOLDS, Observed, channel_ranges, fill
 from edgekit.passes.decide import decide
 from edgekit.passes.plan import Method, activation
 from edgekit.passes.quantize import QuantizeInt8
-from edgekit.passes.ranges import ESTIMATORS, by_output
+from edgekit.passes.ranges import ESTIMATORS, Gathered, by_output
 from tests.quantize_graphs import Array, Samples, graph, node, normal
 
 F = np.float32
@@ -223,8 +223,9 @@ def chosen(model: Any, x: Array, seed: int = 0) -> dict[str, Method]:
     decision = decide(model, {})
     held = held_back(len(x), seed)
     seen = observe(model, data, list(decision.activations), batch_size=32, held=held)
-    fill_histograms(model, data, seen, batch_size=32, held=held)
-    return by_output(model, decision, seen, data, held, seed)
+    gathered = Gathered(model, decision, len(x), held, seed)
+    fill_histograms(model, data, seen, batch_size=32, held=held, reader=gathered.take)
+    return by_output(decision, seen, gathered)
 
 
 def dense(columns: int = 16) -> Any:

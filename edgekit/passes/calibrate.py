@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,15 @@ Function = Callable[[Array], Array]
 BINS = 2048
 # Fetched activations held at once. Bounds the memory of big models; small ones fit many samples.
 FETCH_BYTES = 128 * 2**20
-# Values of one tensor and batch that enter its histogram; the extremes are always exact.
-HISTOGRAM_VALUES = 2**17
+# Values of one tensor and batch that enter its histogram; the extremes are always exact. Half a million of 256 samples:
+# 50 of them are beyond PERCENTILE.
+HISTOGRAM_VALUES = 2**16
 # Both tails together; 99.99 is the customary percentile (NVIDIA, "8-bit inference with TensorRT", 2017).
 PERCENTILE = 99.99
+# Shares of the extremes that a clipping range is looked for among, down to 0.3: steps of 5 %.
+CLIPPINGS = 15
+# Squares of it, and sums of them, are far below float32's largest.
+LARGE = 1e12
 # A few values say little of the largest to come: the mean of a feature map over an image has one value an image.
 HEADROOM = {"wide": 1.15, "wider": 1.4}
 # Samples held back, and four parts of the others: a range of three is tried on the fourth.
@@ -65,24 +71,37 @@ class Observed:
         edges = np.linspace(self.low, self.high, BINS + 1)
         return np.asarray((edges[:-1] + edges[1:]) / 2)
 
-    def extend(self, values: Array, fold: int, channels: bool = False) -> None:
-        low, high = float(values.min()), float(values.max())
-        self.lows[fold], self.highs[fold] = min(self.lows[fold], low), max(self.highs[fold], high)
-        self.averages[fold] += low, high
-        self.parts[fold] += 1
-        if fold and channels and values.ndim > 1:
-            self.sums = self.sums + values.sum(axis=tuple(a for a in range(values.ndim) if a != 1), dtype=np.float64)
-            self.rows += values.size // values.shape[1]
+    def extend(self, values: Array, fold: int | Array, channels: bool = False) -> None:
+        """fold: of all values, or of each row of them; a row in fold -1 is not looked at."""
+        folds = np.atleast_1d(fold)
+        rows = values.reshape(len(folds), -1)
+        lows, highs = rows.min(axis=1), rows.max(axis=1)
+        for number in np.unique(folds[folds >= 0]):
+            own = folds == number
+            low, high = float(lows[own].min()), float(highs[own].max())
+            self.lows[number] = np.minimum(self.lows[number], low)  # which NaN passes through
+            self.highs[number] = np.maximum(self.highs[number], high)
+            self.averages[number] += low, high
+            self.parts[number] += 1
+        if channels and values.ndim > 1 and (folds > 0).any():
+            chosen = values if len(folds) == 1 else values[folds > 0]
+            # float32 over one sample's positions, float64 over the samples
+            sums = chosen.sum(axis=tuple(range(2, values.ndim))) if values.ndim > 2 else chosen
+            self.sums = self.sums + sums.sum(axis=0, dtype=np.float64)
+            self.rows += chosen.size // chosen.shape[1]
 
-    def count(self, values: Array, fold: int) -> None:
-        flat = values.reshape(-1)
-        if flat.size > HISTOGRAM_VALUES:
-            # an odd stride visits every channel and column over time instead of aliasing with a power-of-two layout
-            flat = flat[:: (flat.size // HISTOGRAM_VALUES) | 1]
+    def count(self, values: Array, fold: int | Array) -> None:
+        folds = np.atleast_1d(fold)
         low, high = self.low, self.high
-        if high > low:
-            bins = ((flat - np.float32(low)) * np.float32(BINS / (high - low))).astype(np.int32)
-            self.counts[fold] += np.bincount(np.clip(bins, 0, BINS - 1), minlength=BINS)
+        if not high > low:
+            return
+        flat = values.reshape(-1)
+        # an odd stride visits every channel and column over time instead of aliasing with a power-of-two layout
+        stride = flat.size // HISTOGRAM_VALUES | 1
+        own = folds[np.arange(0, flat.size, stride) // max(1, flat.size // len(folds))]
+        bins = ((flat[::stride] - np.float32(low)) * np.float32(BINS / (high - low))).astype(np.int32)
+        bins = np.clip(bins, 0, BINS - 1) + BINS * own
+        self.counts += np.bincount(bins[own >= 0], minlength=FOLDS * BINS).reshape(FOLDS, BINS)
 
     def range(self, method: str, everything: bool = True, without: int = 0) -> tuple[float, float]:
         """(low, high) by method; over all samples, or without fold 0, or without another one too."""
@@ -128,7 +147,7 @@ def _least_divergence(counts: Array, edges: Array, low: float, high: float) -> t
     centres = (edges[:-1] + edges[1:]) / 2
     low, high = min(low, 0.0), max(high, 0.0)
     best = (np.inf, low, high)
-    for f in np.linspace(1.0, 0.3, 36):
+    for f in np.linspace(1.0, 0.3, CLIPPINGS):
         inside = (centres >= low * f) & (centres <= high * f)
         if not inside.any():
             break
@@ -159,28 +178,33 @@ def _least_error(
     counts, centres = counts[used], centres[used]
     low, high = min(low, 0.0), max(high, 0.0)
     # what a bounded function flattens may be clipped however far it reaches
-    steps = np.linspace(0.3, 1.0, 36) if through is None else np.geomspace(0.02, 1.0, 60)
+    shares = np.linspace(1.0, 0.3, 2 * CLIPPINGS) if through is None else np.geomspace(1.0, 0.02, 4 * CLIPPINGS)
 
-    def tried(at_low: float, at_high: float) -> tuple[float, float, float]:
-        return squared_error(counts, centres, at_low, at_high, through), at_low, at_high
+    def least(lows: Array, highs: Array) -> tuple[float, float]:
+        at = int(np.argmin(squared_error(counts, centres, lows, highs, through)))
+        return float(lows[at]), float(highs[at])
 
-    best = tried(low, high)
-    for f in steps[:-1]:
-        best = min(best, tried(low * f, high * f))
-    for f in steps[:-1] if low < 0 < high else ():
-        _, at_low, at_high = best
-        best = min(best, tried(low * f, at_high), tried(at_low, high * f))
-    return best[1], best[2]
+    at_low, at_high = least(low * shares, high * shares)
+    if low < 0 < high:
+        # the range found comes first, so that it stays where nothing is better
+        lows, highs = np.append(at_low, low * shares), np.append(at_high, high * shares)
+        at_low, _ = least(lows, np.full(len(lows), at_high))
+        _, at_high = least(np.full(len(highs), at_low), highs)
+    return at_low, at_high
 
 
-def squared_error(counts: Array, centres: Array, low: float, high: float, through: Function | None = None) -> float:
-    """Mean squared error of int8 with the range [low, high] on a histogram, or of a function of it."""
+def squared_error(
+    counts: Array, centres: Array, low: Array | float, high: Array | float, through: Function | None = None
+) -> Array:
+    """Mean squared error of int8 with each range [low, high] on a histogram, or of a function of it; float64."""
     lowest, highest = integer_range(8)
-    scale = max(high - low, 1e-30) / (highest - lowest)
-    zero = np.rint(lowest - low / scale)
-    rounded = (np.clip(np.rint(centres / scale) + zero, lowest, highest) - zero) * scale
+    scale = np.maximum(np.subtract(high, low), 1e-30)[..., None] / (highest - lowest)
+    zero = np.rint(lowest - np.asarray(low)[..., None] / scale)
+    rounded = np.rint(centres / scale)
+    np.clip(rounded, lowest - zero, highest - zero, out=rounded)
+    rounded *= scale
     error = rounded - centres if through is None else through(rounded) - through(centres)
-    return float((counts * error**2).sum() / counts.sum())
+    return np.asarray(np.square(error) @ (counts / counts.sum()))
 
 
 def bounded(node: ir.Node) -> Function | None:
@@ -242,19 +266,11 @@ def held_back(samples: int, seed: int, limit: int = 96) -> frozenset[int]:
     return frozenset(int(i) for i in rng.choice(samples, size=min(limit, samples // 5), replace=False))
 
 
-def split(feed: Feed, arrays: Mapping[str, Array], held: frozenset[int]) -> Iterator[tuple[str, Array, int]]:
-    """(name, values, fold) where the first axis is the batch, samples in turn in folds 1 and up; else fold 1."""
-    total = len(next(iter(feed.inputs.values())))
-    fold = np.full(total, -1)
-    fold[: feed.rows] = [0 if (at := feed.first + i) in held else 1 + at % (FOLDS - 1) for i in range(feed.rows)]
-    for name, array in arrays.items():
-        if array.ndim == 0 or array.shape[0] != total:
-            yield name, array, 1
-            continue
-        for number in range(FOLDS):
-            part = fold == number
-            if part.any():
-                yield name, array[part], number
+def folds_of(feed: Feed, held: frozenset[int]) -> Array:
+    """The fold of each row: 0 if it judges, the others in turn in 1 and up, -1 where samples repeat."""
+    out = np.full(len(next(iter(feed.inputs.values()))), -1)
+    out[: feed.rows] = [0 if (at := feed.first + i) in held else 1 + at % (FOLDS - 1) for i in range(feed.rows)]
+    return out
 
 
 # --- observing -------------------------------------------------------------------------------------------
@@ -272,10 +288,10 @@ def observe(
     Raises NonFiniteError naming the tensor that holds NaN.
     """
     seen = {name: Observed() for name in values}
-    for name, array, fold in fetched(model, data, values, batch_size, held):
+    for name, array, folds in fetched_rows(model, data, values, batch_size, held):
         if array.size:
-            seen[name].extend(array, fold, name in means)
-            if np.isnan(seen[name].low) or np.isnan(array.min()):
+            seen[name].extend(array, folds, name in means)
+            if np.isnan(seen[name].lows).any():
                 raise NonFiniteError(
                     f"NaN in tensor '{name}' during calibration",
                     "run the float model on this data and repair what makes NaN",
@@ -284,18 +300,41 @@ def observe(
 
 
 def fill_histograms(
-    model: ir.Model, data: Dataset, seen: Mapping[str, Observed], *, batch_size: int, held: frozenset[int]
+    model: ir.Model,
+    data: Dataset,
+    seen: Mapping[str, Observed],
+    *,
+    batch_size: int,
+    held: frozenset[int],
+    reader: Callable[[str, Array, Array], None] | None = None,
 ) -> None:
-    """Second reading: histograms between the extremes that `observe` found."""
-    for name, array, fold in fetched(model, data, list(seen), batch_size, held):
+    """Second reading: histograms between the extremes that `observe` found. reader: gets every array and its folds."""
+    for name, array, folds in fetched_rows(model, data, list(seen), batch_size, held):
         if array.size:
-            seen[name].count(array, fold)
+            seen[name].count(array, folds)
+            if reader is not None:
+                reader(name, array, folds)
 
 
 def fetched(
     model: ir.Model, data: Dataset, values: Sequence[str], batch_size: int, held: frozenset[int]
 ) -> Iterator[tuple[str, Array, int]]:
     """(name, values, fold), batch by batch, graph inputs included; within FETCH_BYTES."""
+    for name, array, folds in fetched_rows(model, data, values, batch_size, held):
+        if len(folds) == 1:
+            if folds[0] >= 0:
+                yield name, array, int(folds[0])
+            continue
+        for number in range(FOLDS):
+            part = folds == number
+            if part.any():
+                yield name, array[part], number
+
+
+def fetched_rows(
+    model: ir.Model, data: Dataset, values: Sequence[str], batch_size: int, held: frozenset[int]
+) -> Iterator[tuple[str, Array, Array]]:
+    """(name, values, folds), as `fetched`, with the fold of each row; [1] for a value whose first axis is no batch."""
     sig = M.signature(model)
     given = {spec.name for spec in sig.inputs}
     inner = [v for v in values if v not in given]
@@ -304,10 +343,12 @@ def fetched(
         session = M.FloatSession(model, fetch=chunk)
         wanted = set(chunk)
         for feed in feeds(sig, data, rows):
+            folds = folds_of(feed, held)
             arrays = {k: v for k, v in session.run(feed.inputs).items() if k in wanted}
             if position == 0:
                 arrays.update({k: v for k, v in feed.inputs.items() if k in values})
-            yield from split(feed, arrays, held)
+            for name, array in arrays.items():
+                yield name, array, folds if array.ndim and len(array) == len(folds) else np.ones(1, folds.dtype)
 
 
 def _chunks(
@@ -389,21 +430,36 @@ def channel_ranges(
     """axes: value -> its channel axis. Raises NonFiniteError naming a tensor that holds NaN or Inf."""
     seen: dict[str, ChannelRange] = {}
     size = max(1, min(batch_size, -(-data.samples // QUARTERS)))
-    for name, array, fold in fetched(model, data, list(axes), size, frozenset()):
+    for name, array, folds in fetched_rows(model, data, list(axes), size, frozenset()):
         if not array.size:
             continue
-        flat = np.moveaxis(array, axes[name], 0).reshape(array.shape[axes[name]], -1)
-        low, high = flat.min(axis=1).astype(np.float64), flat.max(axis=1).astype(np.float64)
+        low, high, square = _of_channels(array, axes[name], len(folds))
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise NonFiniteError(
                 f"NaN or Inf in tensor '{name}' during calibration", "run the float model on this data and repair it"
             )
+        channels = array.shape[axes[name]]
         if name not in seen:
-            shape = (QUARTERS, len(flat))
-            seen[name] = ChannelRange(np.full(shape, np.inf), np.full(shape, -np.inf), np.zeros(len(flat)), 0)
-        found, quarter = seen[name], (fold - 1) % QUARTERS
-        found.lows[quarter] = np.minimum(found.lows[quarter], low)
-        found.highs[quarter] = np.maximum(found.highs[quarter], high)
-        found.squares += np.einsum("cr,cr->c", flat, flat, dtype=np.float64)
-        found.rows += flat.shape[1]
+            shape = (QUARTERS, channels)
+            seen[name] = ChannelRange(np.full(shape, np.inf), np.full(shape, -np.inf), np.zeros(channels), 0)
+        found = seen[name]
+        for quarter in range(QUARTERS):
+            own = folds == quarter + 1
+            if own.any():
+                found.lows[quarter] = np.minimum(found.lows[quarter], low[own].min(axis=0))
+                found.highs[quarter] = np.maximum(found.highs[quarter], high[own].max(axis=0))
+        found.squares += square[folds > 0].sum(axis=0, dtype=np.float64)
+        found.rows += array.size // channels * int((folds > 0).sum()) // len(folds)
     return seen
+
+
+def _of_channels(array: Array, axis: int, rows: int) -> tuple[Array, Array, Array]:
+    """(lowest, highest, sum of squares) of each channel of each row, (rows, channels); rows: 1, or the first axis."""
+    axis %= array.ndim
+    channels = array.shape[axis]
+    if axis == 0 or rows == 1:
+        flat = np.moveaxis(array, axis, 0).reshape(1, 1, channels, -1)
+    else:
+        flat = array.reshape(rows, math.prod(array.shape[1:axis]), channels, -1)
+    squares = np.einsum("nbca,nbca->nc", flat, flat, dtype=np.float64 if float(np.abs(flat).max()) > LARGE else None)
+    return flat.min(axis=(1, 3)), flat.max(axis=(1, 3)), squares

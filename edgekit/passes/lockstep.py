@@ -56,14 +56,23 @@ def walk(
 
 def live_bytes(model: ir.Model, inputs: M.Tensors) -> int:
     """The most bytes that are live at once while the model runs on these inputs, node by node."""
-    world = _World(model, [inputs])
-    most = 0
-    for _ in model.graph:
-        world.step()
-        world.run()
-        most = max(most, sum(v.nbytes for parts in world.values.values() for v in parts))
-        world.forget()
+    names = [v.name for n in model.graph for v in n.outputs if v.name]
+    values = {**inputs, **M.FloatSession(model, fetch=names, optimize=False, threads=1).run(inputs)}
+    left, live, most = _readers(model), set(inputs), 0
+    for node in model.graph:
+        read, made = {v.name or "" for v in _reads(node)}, {v.name for v in node.outputs if v.name}
+        live |= made
+        most = max(most, sum(values[name].nbytes for name in live))
+        left.subtract(read)
+        live -= {name for name in read | made if left[name] <= 0}
     return most
+
+
+def _readers(model: ir.Model) -> Counter[str]:
+    """How many nodes read each value; of an output, one more."""
+    found = Counter(v.name or "" for n in model.graph for v in _reads(n))
+    found.update(v.name or "" for v in model.graph.outputs)
+    return found
 
 
 class _World:
@@ -77,8 +86,7 @@ class _World:
         self._at = 0
         self._open: list[ir.Node] = []  # to be run next
         self._done: list[str] = []  # names that may be forgotten
-        self._left = Counter(v.name or "" for n in model.graph for v in _reads(n))
-        self._left.update(v.name or "" for v in model.graph.outputs)
+        self._left = _readers(model)
 
     def step(self) -> ir.Node:
         """Let the next node run with the others, and return it."""

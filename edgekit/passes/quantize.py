@@ -18,7 +18,7 @@ from edgekit.passes.blas import single_threaded
 from edgekit.passes.calibrate import Observed, bounded, check_finite, fill_histograms, held_back, observe
 from edgekit.passes.decide import Decision, candidate_values, decide, weight_axis, weight_of
 from edgekit.passes.plan import Activation, Bits, Method, QuantizationPlan, Weight
-from edgekit.passes.reconstruct import affordable, reconstruct
+from edgekit.passes.reconstruct import ROWS, affordable, reconstruct
 from edgekit.passes.rescale import rescaled
 from edgekit.passes.smooth import Smooth
 from edgekit.report.progress import Progress, silent
@@ -33,6 +33,7 @@ PER_TENSOR, CORRECTED, ROUNDED, SMOOTHED = "range per tensor", "bias corrected",
 REQUESTED = "kept float on request"
 # A rescaled model this much worse (dB) before its weights are repaired is not better after.
 HOPELESS_DB = 3.0
+TRIAL = 2  # a trial repairs weights by this part of the samples: which form of the model is better shows all the same
 
 
 @dataclass(frozen=True)
@@ -149,14 +150,17 @@ class Search:
         if smoothed is not None:
             attempt(smoothed, self._methods(smoothed)[0], first)
         if self.step.rounding != "nearest":
-            leaders = sorted(self.scores, key=lambda n: -self.scores[n].sqnr_db)
-            for name in leaders[:3]:
-                near = self.scores[name].sqnr_db > self.scores[leaders[0]].sqnr_db - HOPELESS_DB
-                if near and not self._late():
-                    attempt(trials[name][0], trials[name][1], ROUNDED)
+            most = max(score.sqnr_db for score in self.scores.values())
+            for variant in (plain, smoothed):
+                own = {name: score for name, score in self.scores.items() if trials[name][0] is variant}
+                # of each form the ranges that are best already: repairing the weights hardly changes which these are
+                name = judge.best(own) if own else ""
+                if own and own[name].sqnr_db > most - HOPELESS_DB and not self._late():
+                    attempt(variant, trials[name][1], ROUNDED)
         if self.step.rounding == "auto" and self.step.bias_correction == "auto" and not self._late():
-            variant, method, _ = trials[judge.best(self.scores)]
-            attempt(variant, method, "")
+            variant, method, finish = trials[judge.best(self.scores)]
+            if finish != ROUNDED:  # which keeps, layer by layer, nothing that is worse
+                attempt(variant, method, "")
         # the repaired weights go first: it takes evidence to prefer another to what is better nearly everywhere
         ranked = sorted(
             self.scores,
@@ -215,9 +219,17 @@ class Search:
         if step.activation_bits == 8 and step.calibration not in ("minmax", "average"):
             used = {name: seen[name] for name in decision.activations}
             _note_bounded(model, used)
-            fill_histograms(model, self.data, used, batch_size=step.batch_size, held=self.held)
-            if step.calibration in ("auto", "output"):
-                best = ranges.by_output(model, decision, seen, self.data, self.held, step.seed)
+            gathered = ranges.Gathered(model, decision, self.data.samples, self.held, step.seed)
+            chosen = step.calibration in ("auto", "output")
+            fill_histograms(
+                model,
+                self.data,
+                used,
+                batch_size=step.batch_size,
+                held=self.held,
+                reader=gathered.take if chosen else None,
+            )
+            best = ranges.by_output(decision, seen, gathered) if chosen else {}
         return _Variant(model, factors, decision, seen, best)
 
     def _decided(self, model: ir.Model, seen: dict[str, Observed], forced: dict[str, str]) -> Decision:
@@ -236,7 +248,10 @@ class Search:
             plan = replace(plan, bias_shifts=draft.bias_shifts(variant.model, plan, variant.seen))
         elif finish == ROUNDED:
             batches = affordable(variant.model, self.data, frozenset() if everything else self.held)
-            plan, _ = reconstruct(variant.model, plan, batches, self.step.seed)
+            part = 1 if everything else TRIAL
+            plan, _ = reconstruct(
+                variant.model, plan, batches[: -(-len(batches) // part)], self.step.seed, ROWS // part
+            )
         return replace(plan, method=", ".join(p for p in (plan.method, finish) if p), factors=dict(variant.factors))
 
     def _assemble(

@@ -7,61 +7,88 @@ Kullback-Leibler divergence (NVIDIA 2017). Which is best differs from tensor to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from edgekit.passes import regression as L
-from edgekit.passes.apply_plan import folded, quantize
-from edgekit.passes.calibrate import FOLDS, Observed, fetched, squared_error
+from edgekit.passes.apply_plan import folded
+from edgekit.passes.calibrate import FOLDS, Observed, squared_error
 from edgekit.passes.decide import Decision, data_inputs, weight_of
-from edgekit.passes.plan import Activation, Method, activation
-
-if TYPE_CHECKING:
-    from edgekit.dataset import Dataset
+from edgekit.passes.plan import Activation, Method, activation, integer_range
 
 Array = np.ndarray[Any, Any]
 
 ESTIMATORS: tuple[Method, ...] = ("minmax", "wide", "wider", "average", "percentile", "mse", "kl")
-BATCH = 32
-ROWS = 256  # of each layer, batch and fold that the error at the outputs is measured on
+# Inputs of a layer, all rows and groups together, that the error at its outputs is measured on: what clipping does to
+# one value in ten thousand still shows. Rows: at least and at most.
+VALUES, ROWS = 2**18, (512, 8192)
+GATHERED_BYTES = 256 * 2**20  # of the rows of all layers
 
 
-def by_output(
-    model: ir.Model, decision: Decision, seen: Mapping[str, Observed], data: Dataset, held: frozenset[int], seed: int
-) -> dict[str, Method]:
+class Gathered:
+    """Rows that the layers of constant weights read, some of each sample, to measure errors at their outputs on."""
+
+    def __init__(self, model: ir.Model, decision: Decision, samples: int, held: frozenset[int], seed: int) -> None:
+        self.layers = _layers(model, decision)
+        self.folds = range(1 if held else 0, FOLDS)
+        self._samples = samples
+        self._values = min(VALUES, GATHERED_BYTES // 4 // max(1, sum(len(found) for found in self.layers.values())))
+        self._rng = np.random.default_rng(seed)
+        self._rows: dict[tuple[str, int], list[tuple[Array, Array]]] = {}
+
+    def take(self, name: str, array: Array, folds: Array) -> None:
+        """Of a batch of one value. folds: of each sample, -1 for none."""
+        if array.ndim < 2:
+            return
+        own = np.flatnonzero(folds >= self.folds[0]) if len(folds) == len(array) else np.arange(len(array))
+        for number, layer in enumerate(self.layers.get(name, ())):
+            if layer is not None and len(own):
+                groups, inputs, _ = layer.weight.shape
+                most = int(np.clip(self._values // (groups * inputs), *ROWS)) * len(own) / self._samples
+                rows = L.choose_input(layer, array[: len(own)], math.ceil(most), self._rng)
+                rows = L.Rows(own[rows.samples], rows.picks)
+                fold = folds[rows.samples] if len(folds) == len(array) else np.broadcast_to(folds, rows.samples.shape)
+                found = L.inputs(layer, array, rows), np.repeat(fold, rows.picks.shape[1])
+                self._rows.setdefault((name, number), []).append(found)
+
+    def errors(self, name: str, tried: Mapping[int, Mapping[Method, Activation]]) -> dict[Method, float]:
+        """Of each estimator's ranges, by fold: squared error over squared signal, summed over layers and folds."""
+        total: dict[Method, float] = dict.fromkeys(ESTIMATORS, 0.0)
+        for number, layer in enumerate(self.layers.get(name, ())):
+            parts = self._rows.get((name, number), ())
+            if layer is None or not parts:
+                continue
+            rows, folds = (np.concatenate(p, axis=a) for p, a in zip(zip(*parts, strict=True), (1, 0), strict=True))
+            weight = layer.weight.astype(np.float32)
+            for fold in np.unique(folds):
+                own = rows[:, folds == fold]
+                share = own.shape[1] / rows.shape[1] * len(self.folds)
+                _add(total, tried[int(fold)], partial(_moved, own, weight, _power(own @ weight)), share)
+        return total
+
+
+def by_output(decision: Decision, seen: Mapping[str, Observed], gathered: Gathered) -> dict[str, Method]:
     """The estimator of each value with the least error at the outputs of the layers that read its group.
 
     By cross-validation: the ranges of three folds are tried on the fourth, so that what clips new data shows. Values
     that no layer of constant weights reads are judged by their own error, from their histograms.
     """
     groups = _groups(decision)
-    layers = _layers(model, decision)
-    folds = range(1 if held else 0, FOLDS)
-    errors = {n: dict.fromkeys(ESTIMATORS, 0.0) for n in decision.activations}
+    errors = {}
     tried = {
-        (group[0], fold): {m: _parameters([seen[n] for n in group], m, fold) for m in ESTIMATORS}
+        group[0]: {fold: _ranges([seen[n] for n in group], fold) for fold in gathered.folds}
         for group in dict.fromkeys(groups.values())
-        for fold in folds
     }
     for name in decision.activations:
-        if name not in layers or None in layers[name]:
-            for fold in folds:
-                _add(errors[name], tried[groups[name][0], fold], partial(_own, seen[name], fold), 1.0)
-    rng = np.random.default_rng(seed)
-    read = [n for n in decision.activations if any(layers.get(n, ()))]
-    share = len(folds) / max(1, data.samples)
-    for name, array, fold in fetched(model, data, read, BATCH, held) if read else ():
-        for layer in layers[name] if fold in folds and array.ndim > 1 else ():
-            if layer is not None:
-                rows = L.inputs(layer, array, L.choose_input(layer, array, ROWS, rng))
-                weight = layer.weight.astype(np.float32)
-                power = _power(rows @ weight)
-                how = tried[groups[name][0], fold]
-                _add(errors[name], how, partial(_moved, rows, weight, power), share * len(array))
+        layers, how = gathered.layers.get(name, [None]), tried[groups[name][0]]
+        errors[name] = gathered.errors(name, how)
+        for fold in gathered.folds if None in layers else ():
+            _add(errors[name], how[fold], partial(_own, seen[name], fold), 1.0)
     out: dict[str, Method] = {}
     for name in decision.activations:
         total = {m: sum(errors[n][m] for n in groups[name]) for m in ESTIMATORS}
@@ -89,10 +116,13 @@ def _groups(decision: Decision) -> dict[str, tuple[str, ...]]:
     return out
 
 
-def _parameters(group: Sequence[Observed], method: Method, without: int) -> Activation:
-    """What the estimator gives from the other folds, for values that share a scale."""
-    ranges = [o.range(method, everything=False, without=without) for o in group]
-    return activation(min(r[0] for r in ranges), max(r[1] for r in ranges), method)
+def _ranges(group: Sequence[Observed], without: int) -> dict[Method, Activation]:
+    """What each estimator gives from the other folds, for values that share a scale."""
+    out = {}
+    for method in ESTIMATORS:
+        ranges = [o.range(method, everything=False, without=without) for o in group]
+        out[method] = activation(min(r[0] for r in ranges), max(r[1] for r in ranges), method)
+    return out
 
 
 def _layers(model: ir.Model, decision: Decision) -> dict[str, list[L.Layer | None]]:
@@ -110,8 +140,12 @@ def _layers(model: ir.Model, decision: Decision) -> dict[str, list[L.Layer | Non
 
 def _moved(rows: Array, weight: Array, power: float, how: Activation) -> float:
     """Squared error over `power` at a layer's output, of rounding its inputs. rows: float32 (groups, rows, inputs)."""
-    rounded = (quantize(rows, how).astype(np.float32) - np.float32(how.zero_point)) * np.float32(how.scale)
-    return float(np.square((rounded - rows) @ weight, dtype=np.float64).sum()) / power
+    low, high = integer_range(8)
+    error = np.rint(rows / np.float32(how.scale))
+    np.clip(error, low - how.zero_point, high - how.zero_point, out=error)
+    error *= np.float32(how.scale)
+    error -= rows
+    return _squares(error @ weight) / power
 
 
 def _own(seen: Observed, fold: int, how: Activation) -> float:
@@ -123,8 +157,12 @@ def _own(seen: Observed, fold: int, how: Activation) -> float:
     counts, centres = counts[used], seen.centres[used]
     signal = centres if seen.through is None else seen.through(centres)
     power = max(float(np.average(signal**2, weights=counts)), 1e-30)
-    return squared_error(counts, centres, how.low, how.high, seen.through) / power
+    return float(squared_error(counts, centres, how.low, how.high, seen.through)) / power
 
 
 def _power(values: Array) -> float:
-    return max(float(np.square(values, dtype=np.float64).sum()), 1e-30)
+    return max(_squares(values), 1e-30)
+
+
+def _squares(values: Array) -> float:
+    return float(np.einsum("grm,grm->g", values, values).sum(dtype=np.float64))

@@ -47,11 +47,12 @@ class Fitted:
 
 
 def reconstruct(
-    model: ir.Model, plan: QuantizationPlan, batches: Sequence[M.Tensors], seed: int = 0
+    model: ir.Model, plan: QuantizationPlan, batches: Sequence[M.Tensors], seed: int = 0, least: int = ROWS
 ) -> tuple[QuantizationPlan, dict[str, float]]:
     """The plan with rounded weights and bias shifts, and per node the error left, as a share of rounding to nearest.
 
     model: the float model that the plan was made for. batches: calibration inputs by name, `affordable` ones.
+    least: rows that a layer of few inputs is fitted to; others have more.
     """
     model = prepared(model)
     plan = replace(plan, bias_shifts={})
@@ -62,7 +63,7 @@ def reconstruct(
         name = meeting.node.name or ""
         if name not in plan.weights:
             continue
-        fitted = _fit(meeting, plan.weights[name], rng)
+        fitted = _fit(meeting, plan.weights[name], rng, least)
         if fitted is None:
             continue
         gains[name] = fitted.gain
@@ -74,7 +75,7 @@ def reconstruct(
     return replace(plan, weights=weights, bias_shifts=shifts), gains
 
 
-def _fit(meeting: Meeting, plan: Weight, rng: np.random.Generator) -> Fitted | None:
+def _fit(meeting: Meeting, plan: Weight, rng: np.random.Generator, least: int) -> Fitted | None:
     array, bias = folded(meeting.node)
     layer = L.layer(meeting.node, array, bias)
     if layer is None:
@@ -84,7 +85,7 @@ def _fit(meeting: Meeting, plan: Weight, rng: np.random.Generator) -> Fitted | N
     wanted = np.concatenate(meeting.exact[target.name or ""])
     if given.ndim < 2 or len(given) < HELD or len(given) != len(wanted):
         return None
-    rows = L.choose(meeting.node, wanted, min(MOST_ROWS, max(ROWS, ROWS_PER_INPUT * layer.weight.shape[1])), rng)
+    rows = L.choose(meeting.node, wanted, min(MOST_ROWS, max(least, ROWS_PER_INPUT * layer.weight.shape[1])), rng)
     x, y = (_computable(a) for a in (L.inputs(layer, given, rows), L.outputs(layer, wanted, rows)))
     count, each = rows.picks.shape
     at = (count - count // HELD) * each  # the last samples, whole, judge

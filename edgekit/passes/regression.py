@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +76,9 @@ def choose(node: ir.Node, output: Array, rows: int, rng: np.random.Generator) ->
     each = min(positions, max(1, -(-rows // len(samples))))
     if each == positions:
         return Rows(samples, np.broadcast_to(np.arange(positions), (len(samples), positions)))
-    return Rows(samples, np.stack([rng.choice(positions, each, replace=False) for _ in samples]))
+    # each sample takes its part of one order, from a place of its own on
+    first = rng.integers(positions, size=(len(samples), 1))
+    return Rows(samples, rng.permutation(positions)[(first + np.arange(each)) % positions])
 
 
 def choose_input(layer: Layer, x: Array, rows: int, rng: np.random.Generator) -> Rows:
@@ -113,11 +116,11 @@ def _patches(layer: Layer, x: Array, rows: Rows) -> Array:
     padded = pad_spatial(x, win.begins, win.ends)
     starts = np.unravel_index(rows.picks, size)  # per axis (n, r)
     image = rows.samples[:, None]
-    taps = []
-    for tap in np.ndindex(*kernel):
+    n, r = rows.picks.shape
+    each = x.shape[1] // groups
+    out = np.empty((groups, n, r, each, math.prod(kernel)), x.dtype)
+    for number, tap in enumerate(np.ndindex(*kernel)):
         at = [s * win.strides[a] + tap[a] * win.dilations[a] for a, s in enumerate(starts)]
-        taps.append(padded[(image, slice(None), *at)])  # (n, r, c)
-    stacked = np.stack(taps, axis=-1)  # (n, r, c, taps)
-    n, r, c, t = stacked.shape
-    grouped = stacked.reshape(n * r, groups, c // groups * t)
-    return np.ascontiguousarray(grouped.swapaxes(0, 1))
+        taken = padded[(image, slice(None), *at)]  # (n, r, c)
+        out[..., number] = taken.reshape(n, r, groups, each).transpose(2, 0, 1, 3)
+    return out.reshape(groups, n * r, -1)
