@@ -152,7 +152,23 @@ def latest_document(root: Path) -> dict[str, Any]:
     measured = read(path, notes.append)
     by_target = {name: [m for m in measured if m.target == name] for name in dict.fromkeys(m.target for m in measured)}
     merged = _merged([document(latest(lines)) for lines in by_target.values()])
-    return {**merged, "warnings": [*merged["warnings"], *notes, *_outdated(root, merged)]}
+    rows = [{**row, "blame": _blame(root, row)} for row in merged["artifacts"]]
+    return {**merged, "artifacts": rows, "warnings": [*merged["warnings"], *notes, *_outdated(root, merged)]}
+
+
+def _blame(root: Path, row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The damage of each layer of an int8 artifact, from its manifest; None where there is none, or another one."""
+    folder = _folder(root, row)
+    if row.get("label") or not (folder / artifact.MANIFEST).is_file():
+        return None
+    manifest = artifact.read_manifest(folder, verify=False)
+    if manifest.sha256 != row["sha256"]:
+        return None
+    return list((manifest.quantization or {}).get("blame") or ()) or None
+
+
+def _folder(root: Path, row: Mapping[str, Any]) -> Path:
+    return root / str(row["target"]) / candidate_id(row["backend"], row["precision"], row.get("variant") or "")
 
 
 def _outdated(root: Path, document: Mapping[str, Any]) -> list[str]:
@@ -165,7 +181,7 @@ def _outdated(root: Path, document: Mapping[str, Any]) -> list[str]:
             if not file.is_file() or artifact.digest_file(file) != row["sha256"]:
                 stale.add(row["label"])
             continue
-        where = root / row["target"] / candidate_id(row["backend"], row["precision"], row.get("variant") or "")
+        where = _folder(root, row)
         if now.get(where) != row["sha256"]:
             stale.add(f"{row['target']}/{where.name}")
     told = ", ".join(sorted(stale))

@@ -170,3 +170,19 @@ def test_the_worst_in_a_sentence() -> None:
     assert told.endswith("a share of the whole model's: Conv 'a' 50% (wide); Conv 'b' 30%; Conv 'c' 100%")
     assert worst([row("a", 0.09)]) == ""
     assert worst([]) == ""
+
+
+def test_the_report_has_the_layers_of_what_was_measured(built: Path, tmp_path: Path) -> None:
+    """And no more once the artifact is another one."""
+    build = tmp_path / "b"
+    shutil.copytree(built / "b", build)
+    pipeline.bench(build, quick=True, threads=["1"], targets_dir=built)
+    text = pipeline.report(build, kind="md")
+    assert "### int8 error per layer: onnxruntime-int8" in text
+    worst = inspect(build)["plans"][0]["layers"][0]
+    assert f"| {worst['op']} | {worst['alone']:.1%} | {worst['without']:+.1%} |" in text
+    folder = build / "one" / "onnxruntime-int8"
+    told = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    told["files"]["model.onnx"]["sha256"] = "0" * 64
+    (folder / "manifest.json").write_text(json.dumps(told), encoding="utf-8")
+    assert "int8 error per layer" not in pipeline.report(build, kind="md")

@@ -45,11 +45,37 @@ def _target(document: summary.Document, target: str) -> list[str]:
     remarks = summary.remarks(document, target)
     if remarks:
         parts.append(_bullets(remarks))
+    parts += _blame(document, target)
     profiled = {
         summary.candidate(r): r["layers"] for r in document["artifacts"] if r["target"] == target and r["layers"]
     }
     for name, layers in profiled.items():
         parts += [f"### Time per layer: {name}", _layers(layers)]
+    return parts
+
+
+def _blame(document: summary.Document, target: str) -> list[str]:
+    """Layers by the int8 error that they do, once for artifacts of the same plan."""
+    whose: dict[str, list[str]] = {}
+    tables: dict[str, list[Mapping[str, Any]]] = {}
+    for row in document["artifacts"]:
+        if row["target"] == target and row.get("blame"):
+            key = repr(row["blame"])
+            tables[key] = row["blame"]
+            if summary.candidate(row) not in whose.setdefault(key, []):
+                whose[key].append(summary.candidate(row))
+    parts = []
+    for key, layers in tables.items():
+        rows = [
+            [_cell(r["node"]), _cell(r["op"]), f"{r['alone']:.1%}", f"{r['without']:+.1%}", _cell(r["cause"] or "")]
+            for r in layers[:_HEAVIEST]
+        ]
+        parts += [
+            f"### int8 error per layer: {', '.join(whose[key])}",
+            "Shares of the whole int8 error at the outputs: of the layer alone, and what vanishes when only it stays "
+            "float.",
+            _table(["layer", "operator", "alone", "without", "cause"], rows, left=2),
+        ]
     return parts
 
 
