@@ -45,22 +45,31 @@ class Gathered:
         """Of a batch of one value. folds: of each sample, -1 for none."""
         if array.ndim < 2:
             return
-        own = np.flatnonzero(folds >= self.folds[0]) if len(folds) == len(array) else np.arange(len(array))
+        batch = len(folds) == len(array)
+        own = np.flatnonzero(folds >= self.folds[0]) if batch else np.arange(len(array))
+        # what is no batch does not tell of how many samples it is: an eighth of the rows each time, until there are all
+        share = len(own) / self._samples if batch else 1 / 8
         for number, layer in enumerate(self.layers.get(name, ())):
-            if layer is not None and len(own):
-                groups, inputs, _ = layer.weight.shape
-                most = int(np.clip(self._values // (groups * inputs), *ROWS)) * len(own) / self._samples
-                rows = L.choose_input(layer, array[: len(own)], math.ceil(most), self._rng)
-                rows = L.Rows(own[rows.samples], rows.picks)
-                fold = folds[rows.samples] if len(folds) == len(array) else np.broadcast_to(folds, rows.samples.shape)
-                found = L.inputs(layer, array, rows), np.repeat(fold, rows.picks.shape[1])
-                self._rows.setdefault((name, number), []).append(found)
+            if layer is None or not len(own):
+                continue
+            groups, inputs, _ = layer.weight.shape
+            most = int(np.clip(self._values // (groups * inputs), *ROWS))
+            found = self._rows.setdefault((name, number), [])
+            if not batch and sum(len(f) for _, f in found) >= most:
+                continue
+            rows = L.choose_input(layer, array[: len(own)], math.ceil(most * share), self._rng)
+            rows = L.Rows(own[rows.samples], rows.picks)
+            fold = folds[rows.samples] if batch else np.broadcast_to(folds, rows.samples.shape)
+            found.append((L.inputs(layer, array, rows), np.repeat(fold, rows.picks.shape[1])))
 
     def errors(self, name: str, tried: Mapping[int, Mapping[Method, Activation]]) -> dict[Method, float]:
-        """Of each estimator's ranges, by fold: squared error over squared signal, summed over layers and folds."""
+        """Of each estimator's ranges, by fold: squared error over squared signal, summed over layers and folds.
+
+        The rows of `name` are given up.
+        """
         total: dict[Method, float] = dict.fromkeys(ESTIMATORS, 0.0)
         for number, layer in enumerate(self.layers.get(name, ())):
-            parts = self._rows.get((name, number), ())
+            parts = self._rows.pop((name, number), ())
             if layer is None or not parts:
                 continue
             rows, folds = (np.concatenate(p, axis=a) for p, a in zip(zip(*parts, strict=True), (1, 0), strict=True))
