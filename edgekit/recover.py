@@ -1,0 +1,191 @@
+"""Label-free recovery: the float model teaches the pruned one on samples without labels.
+
+Knowledge distillation (Hinton et al. 2015) in a process of Keras's own: both models are translated (`keras_lower`), the
+student's weights follow the teacher's outputs for a given time, and go back into the ONNX student.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from edgekit import model as M
+from edgekit.errors import ConversionMismatchError, DatasetError, ShapeError, UsageError
+from edgekit.passes import fold_graph as G
+from edgekit.report.progress import Progress, silent
+from edgekit.sources import keras_trainer
+from edgekit.sources.keras_lower import Plan, lower
+from edgekit.sources.keras_process import KerasProcess
+from edgekit.sources.keras_writer import BOUND, difference, restore, save_plan
+
+if TYPE_CHECKING:
+    from edgekit.dataset import Dataset
+
+Loss = Literal["classes", "values", "both", "none"]
+SCRIPT = Path(keras_trainer.__file__)
+SETTINGS: dict[str, Any] = {
+    "rate": 0.01, "floor": 1e-3, "warmup": 20, "temperature": 1.0, "average": 0.99, "judged": 20, "trial": 0.05,
+    "shift": 0.125,
+}  # fmt: skip
+BATCH = 64
+_CHUNK = 256  # samples at a time that are written for the process
+WAYS = ("plain", "mixed", "moved", "mirrored")
+
+
+def distill(
+    teacher: ir.Model,
+    student: ir.Model,
+    data: Dataset,
+    held: Dataset,
+    seconds: float,
+    seed: int = 0,
+    progress: Progress = silent,
+    steps: int | None = None,
+) -> tuple[ir.Model, dict[str, Any]]:
+    """The student with weights that answer more like the teacher's; same graph, same names.
+
+    teacher, student: float, folded, of one signature. data: bound to it, what is trained on; labels are not looked at.
+    held: other samples, bound: the weights that are nearest to the teacher on them are kept, which may be the first.
+    seconds: for training, without starting Keras. steps: a number of steps instead, which the same seed repeats
+    exactly.
+    Returns the student and {seconds, steps, loss, loss_before, loss_after, agreement_before, agreement_after, samples,
+    held, seed, versions, max_rel_error}; the figures before and after are of the held samples.
+    Raises UnsupportedOpError, ShapeError, MissingExtraError without TensorFlow, ConversionMismatchError.
+    """
+    if seconds <= 0:
+        raise UsageError(f"{seconds:g} seconds of distillation", "give more than none")
+    _check_pair(teacher, student)
+    student = unshared(student)
+    plans = {"teacher": lower(teacher, fuse=False), "student": lower(student, fuse=False)}
+    losses = [_loss(plans["teacher"], i, v) for i, v in enumerate(teacher.graph.outputs)]
+    sets = {"data": data, "held": held}
+    with tempfile.TemporaryDirectory(prefix="edgekit-distill-") as folder:
+        work = Path(folder)
+        for name, plan in plans.items():
+            save_plan(plan, work / f"{name}.json")
+        fixed = M.batch_of(M.signature(teacher))
+        samples = {name: _save(work, name, plans["teacher"], found, fixed or 1) for name, found in sets.items()}
+        request: dict[str, Any] = {
+            name: [f"{name}{i}.npy" for i in range(len(plans["teacher"].inputs))] for name in sets
+        }
+        settings = {**SETTINGS, **_ways(teacher), "batch": fixed or BATCH, "seed": seed}
+        request |= {
+            "task": "train", "teacher": "teacher.json", "student": "student.json", "work": folder, "losses": losses,
+            "free": [bool(w.name) and w.values.dtype.kind == "f" for w in plans["student"].weights],
+            "settings": {**settings, "seconds": seconds, "steps": steps or 0},
+        }  # fmt: skip
+        with KerasProcess(SCRIPT, "the student") as process:
+            process.say(request)
+            done = process.until("done", lambda stage: progress(stage, 0, 0), lambda m: _tell(m, progress))
+        with np.load(work / done["weights"]) as stored:
+            out = restore(student, [(w, stored[f"w{i}"]) for i, w in enumerate(plans["student"].weights)])
+        error = _check(out, plans["student"], work, done)
+    record = {k: v for k, v in done.items() if k not in ("weights", "outputs", "rows")}
+    return out, {
+        **record, "loss": losses, "samples": samples["data"], "held": samples["held"], "seed": seed,
+        "settings": settings, "max_rel_error": error,
+    }  # fmt: skip
+
+
+def _tell(message: Any, progress: Progress) -> None:
+    if "step" in message:
+        done, total = message["step"]
+        progress("distill", done, total)
+
+
+def _check_pair(teacher: ir.Model, student: ir.Model) -> None:
+    a, b = M.signature(teacher), M.signature(student)
+    if [(s.name, s.dtype, s.shape) for s in (*a.inputs, *a.outputs)] != [
+        (s.name, s.dtype, s.shape) for s in (*b.inputs, *b.outputs)
+    ]:
+        raise ShapeError("teacher and student have different inputs or outputs", "give the model that was pruned")
+
+
+def _loss(plan: Plan, index: int, value: ir.Value) -> Loss:
+    """What an output is taken for: of a Softmax classes; values behind another bound; both where nothing tells.
+
+    Both losses are least where the student equals the teacher: neither is wrong, they weigh differently.
+    """
+    if value.dtype != ir.DataType.FLOAT:
+        return "none"
+    dims, producer = G.dims(value), value.producer()
+    if dims is None or len(dims) < 2 or dims[-1] == 1 or G.is_op(producer, "Sigmoid", "Tanh", "Relu", "Clip"):
+        return "values"
+    if plan.logits[index] is None or producer is None:
+        return "both"
+    return "classes" if G.integer(producer, "axis", -1) in (-1, len(dims) - 1) else "values"
+
+
+def _ways(model: ir.Model) -> dict[str, Any]:
+    """How samples may be altered: real numbers can be mixed, images (one or three channels) moved."""
+    specs = M.signature(model).inputs
+    ways = ["plain"]
+    if all(s.dtype == "float32" for s in specs):
+        ways.append("mixed")
+    places: list[int] = []
+    if len(specs) == 1 and len(specs[0].shape) == 4 and specs[0].dtype == "float32":
+        shape = specs[0].shape
+        places = [1, 2] if shape[3] in (1, 3) else [2, 3] if shape[1] in (1, 3) else []
+    if places:
+        ways += ["moved", "mirrored"]
+    return {"ways": ways, "places": places}
+
+
+def _save(work: Path, stem: str, plan: Plan, data: Dataset, whole: int) -> int:
+    """Writes the samples as one .npy for each input, a batch at a time; whole: they come in full batches of this size.
+
+    Returns how many there are.
+    """
+    files: list[Any] = []
+    at, count = 0, data.samples // whole * whole
+    if not count:
+        raise DatasetError(f"{data.samples} samples to distill on", f"give a few hundred, {whole} at least")
+    for batch in data.batches(_CHUNK):
+        for i, (name, _, _) in enumerate(plan.inputs):
+            array = batch.inputs[name][: count - at]
+            if at == 0:
+                path = work / f"{stem}{i}.npy"
+                files.append(np.lib.format.open_memmap(path, "w+", array.dtype, (count, *array.shape[1:])))
+            files[i][at : at + len(array)] = array
+        at += len(next(iter(batch.inputs.values())))
+        if at >= count:
+            break
+    for file in files:
+        file.flush()
+    return count
+
+
+def _check(model: ir.Model, plan: Plan, work: Path, done: dict[str, Any]) -> float:
+    """The trained graph against the trained Keras model, on held samples."""
+    rows = done["rows"]
+    batch = {name: np.load(work / f"held{i}.npy", mmap_mode="r")[:rows] for i, (name, _, _) in enumerate(plan.inputs)}
+    wanted = M.FloatSession(model, optimize=False).run({k: np.ascontiguousarray(v) for k, v in batch.items()})
+    error = difference(plan, wanted, work / done["outputs"])
+    if error > BOUND:
+        raise ConversionMismatchError(
+            f"the distilled ONNX model differs from the Keras model by {error:.1e} (bound {BOUND:.0e})",
+            "please report this model",
+        )
+    return error
+
+
+def unshared(model: ir.Model) -> ir.Model:
+    """A copy in which each node reads floating point constants of its own: layers are trained apart."""
+    out = M.clone(model)
+    uses = Counter(v.name for n in out.graph for v in n.inputs if v is not None and v.is_initializer())
+    seen: set[str] = set()
+    for node in out.graph:
+        for index, value in enumerate(node.inputs):
+            array = G.array(value)
+            if value is None or array is None or array.dtype.kind != "f" or uses[value.name] < 2 or array.size < 2:
+                continue
+            name = value.name or ""
+            if name in seen:
+                node.replace_input_with(index, G.new_constant(out.graph, name, array))
+            seen.add(name)
+    return out

@@ -1,0 +1,185 @@
+"""Label-free recovery: what is trained comes nearer to its teacher, by ONNX Runtime's results, and never farther."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from edgekit import errors, recover
+from edgekit import model as M
+from edgekit.dataset import Dataset, Preprocessing
+from edgekit.passes.fold import Fold
+from edgekit.readers.arrays import ArrayReader, MemoryColumn
+from edgekit.sources import keras_trainer
+from tests import models
+from tests.test_sources_keras import keras_python  # noqa: F401 (a fixture)
+
+Array = np.ndarray[Any, Any]
+
+
+def _data(model: ir.Model, samples: int, seed: int) -> Dataset:
+    """Samples that fit the model: normal numbers."""
+    sig = M.signature(model)
+    rng = np.random.default_rng(seed)
+    columns = {
+        s.name: MemoryColumn(rng.normal(size=(samples, *s.concrete(1)[1:])).astype(np.float32)) for s in sig.inputs
+    }
+    return Dataset("seeded", Preprocessing(), ArrayReader(columns, None)).bind(sig)
+
+
+def _outputs(model: ir.Model, data: Dataset) -> dict[str, Array]:
+    session = M.FloatSession(model)
+    parts = [session.run(b.inputs) for b in data.batches(2)]
+    return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+
+
+def _disturbed(model: ir.Model, share: float) -> ir.Model:
+    """The same graph with noise on its weights, in proportion to their size."""
+    out = M.clone(model)
+    rng = np.random.default_rng(7)
+    for name, value in out.graph.initializers.items():
+        assert value.const_value is not None
+        array = value.const_value.numpy()
+        if array.dtype == np.float32 and array.size > 1:
+            noise = rng.normal(size=array.shape) * array.std() * share
+            value.const_value = ir.tensor((array + noise).astype(np.float32), name=name)
+    return out
+
+
+# --- without Keras --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("places", [(1, 2), (2, 3)])
+@pytest.mark.parametrize("mirror", [False, True])
+def test_moved_images_are_crops_of_the_reflected_image(places: tuple[int, int], mirror: bool) -> None:
+    """Each result is found among all crops of numpy's own reflecting pad, mirrored or not."""
+    rng = np.random.default_rng(0)
+    shape = (20, 8, 10, 3) if places == (1, 2) else (20, 3, 8, 10)
+    images = rng.random(shape).astype(np.float32)
+    got = keras_trainer.moved(images, places, 0.25, np.random.default_rng(1), mirror=mirror)
+    assert got.shape == shape
+    assert got.dtype == np.float32
+    last = np.moveaxis(images, 1, -1) if places == (2, 3) else images
+    seen = np.moveaxis(got, 1, -1) if places == (2, 3) else got
+    mirrored = 0
+    for image, result in zip(last, seen, strict=True):
+        padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="reflect")
+        crops = [padded[y : y + 8, x : x + 10] for y in range(5) for x in range(5)]
+        plain = any(np.array_equal(result, c) for c in crops)
+        turned = any(np.array_equal(result, c[:, ::-1]) for c in crops)
+        assert plain or (mirror and turned)
+        mirrored += not plain
+    assert (0 < mirrored < 20) == mirror
+
+
+def test_mixed_samples_lie_between_two_samples() -> None:
+    x = np.arange(12, dtype=np.float32).reshape(6, 2)
+    (got,) = keras_trainer.mixed([x], np.random.default_rng(0))
+    assert got.dtype == np.float32
+    assert got.shape == x.shape
+    np.testing.assert_allclose(got[:, 1] - got[:, 0], 1.0, atol=1e-5)  # all samples lie on this line
+    assert got.min() >= 0
+    assert got.max() <= 11
+    assert not np.array_equal(got, x)
+
+
+def test_shared_constants_are_taken_apart_and_nothing_changes() -> None:
+    model = Fold()(models.mlp(), None)
+    gemms = [n for n in model.graph if n.op_type == "Gemm"]
+    square = np.eye(16, dtype=np.float32)
+    for node in gemms:  # a weight that two nodes read
+        node.replace_input_with(0, model.graph.inputs[0])
+    shared = ir.Value(name="w", shape=ir.Shape((5, 12)), type=ir.TensorType(ir.DataType.FLOAT))
+    shared.const_value = ir.tensor(square[:5, :12].copy(), name="w")
+    model.graph.register_initializer(shared)
+    for node, trans in zip(gemms, (1, 1), strict=True):
+        node.replace_input_with(1, shared)
+        node.attributes["transB"] = ir.AttrInt64("transB", trans)
+        node.resize_inputs(2)
+    out = recover.unshared(model)
+    names = [n.inputs[1].name for n in out.graph if n.op_type == "Gemm" and n.inputs[1] is not None]
+    assert len(set(names)) == 2
+    assert "w" in names
+    for name in names:
+        value = out.graph.initializers[name or ""].const_value
+        assert value is not None
+        np.testing.assert_array_equal(value.numpy(), square[:5, :12])
+
+
+def test_models_of_different_signature_are_refused() -> None:
+    teacher, student = Fold()(models.mlp(), None), Fold()(models.mobile_nhwc(), None)
+    with pytest.raises(errors.ShapeError, match="different inputs"):
+        recover.distill(teacher, student, _data(teacher, 4, 0), _data(teacher, 4, 1), 1.0)
+    with pytest.raises(errors.UsageError, match="0 seconds"):
+        recover.distill(teacher, teacher, _data(teacher, 4, 0), _data(teacher, 4, 1), 0.0)
+
+
+def test_a_python_without_tensorflow_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = tmp_path / "python"  # a real Python that sees the standard library only
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    bare.chmod(0o755)
+    monkeypatch.setenv("EDGEKIT_KERAS_PYTHON", str(bare))
+    model = Fold()(models.mlp(), None)
+    with pytest.raises(errors.MissingExtraError, match=r"needs tensorflow.*pip install 'edgekit\[keras\]'"):
+        recover.distill(model, model, _data(model, 4, 0), _data(model, 4, 1), 1.0)
+
+
+def test_an_interrupt_ends_the_process_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+    body += "print(json.dumps({'step': [0.1, 1.0]}), flush=True)\ntime.sleep(600)"
+    python = tmp_path / "python"
+    python.write_text(f"#!{sys.executable}\nimport json, os, sys, time\nsys.stdin.readline()\n{body}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("EDGEKIT_KERAS_PYTHON", str(python))
+    told: list[tuple[str, float, float]] = []
+
+    def interrupt(stage: str, done: float, total: float) -> None:
+        told.append((stage, done, total))
+        raise KeyboardInterrupt
+
+    model = Fold()(models.mlp(), None)
+    with pytest.raises(KeyboardInterrupt):
+        recover.distill(model, model, _data(model, 4, 0), _data(model, 4, 1), 60.0, progress=interrupt)
+    assert told == [("distill", 0.1, 1.0)]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert not list(tmp_path.glob("edgekit-*"))
+
+
+# --- with Keras -----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_a_student_comes_nearer_to_its_teacher_and_the_same_steps_give_the_same_weights(
+    keras_python: str,  # noqa: F811
+) -> None:
+    teacher = Fold()(models.mobile_nhwc(), None)
+    student = _disturbed(teacher, 0.3)
+    data, held, fresh = (_data(teacher, n, seed) for n, seed in ((96, 0), (48, 1), (64, 2)))
+    runs = [recover.distill(teacher, student, data, held, 60.0, seed=3, steps=120) for _ in range(2)]
+    (out, record), (again, _) = runs
+    assert M.to_bytes(out) == M.to_bytes(again)
+    assert record["steps"] == 120
+    assert set(record["trials"]) == {"plain", "mixed", "moved", "mirrored"}
+    assert record["loss_after"] < record["loss_before"]
+    assert [n.name for n in out.graph] == [n.name for n in student.graph]
+    assert set(out.graph.initializers) == set(student.graph.initializers)
+    want, before, after = (_outputs(m, fresh)["y"] for m in (teacher, student, out))
+    assert np.square(after - want).mean() < 0.5 * np.square(before - want).mean()
+
+
+@pytest.mark.slow
+def test_what_training_makes_worse_is_not_kept(
+    keras_python: str, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    """Steps of a hundred times the weights' size wreck any net; two outputs, and a batch that is fixed."""
+    monkeypatch.setitem(recover.SETTINGS, "rate", 100.0)
+    teacher = Fold()(models.cnn_nchw(), None)
+    student = _disturbed(teacher, 0.05)
+    out, record = recover.distill(teacher, student, _data(teacher, 21, 0), _data(teacher, 9, 1), 60.0, steps=8)
+    assert record["loss_after"] == record["loss_before"]
+    assert record["samples"] == 20  # whole batches of two
+    assert M.to_bytes(out) == M.to_bytes(recover.unshared(student))
