@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,18 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from hypothesis import Phase, given, settings
 from onnx import helper, numpy_helper, parser
 
 from edgekit import errors
 from edgekit import model as M
 from edgekit.passes.fold import Fold
+from edgekit.sources import keras_builder
 from edgekit.sources.keras_lower import lower
 from edgekit.sources.keras_plan import FREE, Ref, View, view
-from edgekit.sources.keras_writer import restore, write_keras
+from edgekit.sources.keras_writer import difference, restore, save_batch, save_plan, write_keras
 from tests import models
+from tests.random_graphs import networks
 from tests.test_sources_keras import keras_python  # noqa: F401 (a fixture)
 
 Array = np.ndarray[Any, Any]
@@ -163,14 +167,22 @@ def _pieces() -> ir.Model:
 def _recurrent() -> ir.Model:
     """Ids, an embedding, an LSTM both ways, a GRU, the last step of another LSTM."""
     return _model(
-        """m (int32[n,5] ids) => (float[n,6] y) {
+        """m (int32[n,5] ids) => (float[n,16] y) {
           e = Gather(table, ids)  t = Transpose<perm=[1,0,2]>(e)
           a = LSTM<hidden_size=3,direction="bidirectional">(t, wa, ra, ba)
           f = Slice(a, zero, one, one)  b = Slice(a, one, two, one)
           f1 = Squeeze(f, one)  b1 = Squeeze(b, one)  c = Concat<axis=2>(f1, b1)
           g, gh = GRU<hidden_size=4,linear_before_reset=1>(c, wg, rg, bg)  g1 = Squeeze(g, one)
+          u, uh = GRU<hidden_size=2,direction="reverse">(g1, wu, ru, bu)
+          v = Squeeze(u, one)  v1 = ReduceSum<keepdims=0>(v, zero)
+          d, dh = LSTM<hidden_size=2,direction="bidirectional">(g1, wd, rd, bd)  d1 = ReduceMean<keepdims=0>(d, both)
+          dh1 = Transpose<perm=[1,0,2]>(dh)  dh2 = Flatten(dh1)
           l = LSTM<hidden_size=2>(g1, wl, rl, bl)  l1 = Squeeze(l, one)  l2 = Slice(l1, minus, end, zero)
-          l3 = Squeeze(l2, zero)  h = Squeeze(gh, zero)  y = Concat<axis=1>(l3, h) }""",
+          l3 = Squeeze(l2, zero)  h = Squeeze(gh, zero)  uh1 = Squeeze(uh, zero)
+          y = Concat<axis=1>(l3, h, v1, uh1, d1, dh2) }""",
+        wu=_normal(1, 6, 4, seed=11), ru=_normal(1, 6, 2, seed=12), bu=_normal(1, 12, seed=13),
+        wd=_normal(2, 8, 4, seed=14), rd=_normal(2, 8, 2, seed=15), bd=_normal(2, 16, seed=16),
+        both=np.array([0, 1], np.int64),
         table=_normal(7, 4), wa=_normal(2, 12, 4, seed=1), ra=_normal(2, 12, 3, seed=2), ba=_normal(2, 24, seed=3),
         wg=_normal(1, 12, 6, seed=4), rg=_normal(1, 12, 4, seed=5), bg=_normal(1, 24, seed=6),
         wl=_normal(1, 8, 4, seed=7), rl=_normal(1, 8, 2, seed=8), bl=_normal(1, 16, seed=9),
@@ -249,6 +261,50 @@ def test_a_file_that_differs_is_not_written(
     with pytest.raises(errors.ConversionMismatchError, match="differs"):
         write_keras(models.mlp(), tmp_path / "m.keras")
     assert not list(tmp_path.iterdir())
+
+
+_BUILD_ALL = """
+import importlib.util, sys
+from pathlib import Path
+import numpy as np
+spec = importlib.util.spec_from_file_location("builder", sys.argv[1])
+builder = importlib.util.module_from_spec(spec)
+sys.modules["builder"] = builder
+spec.loader.exec_module(builder)
+for plan in sorted(Path(sys.argv[2]).glob("*.json")):
+    model = builder.build(plan).model
+    with np.load(plan.with_suffix(".x.npz")) as stored:
+        out = model(stored["t0"])
+    out = out if isinstance(out, list) else [out]
+    np.savez(plan.with_suffix(".y.npz"), **{f"t{i}": np.asarray(t) for i, t in enumerate(out)})
+"""
+RANDOM_GRAPHS = 30
+
+
+@pytest.mark.slow
+def test_random_graphs_are_translated_exactly_or_refused(keras_python: str, tmp_path: Path) -> None:  # noqa: F811
+    """Layouts, joined axes, broadcasts and shared constants in every order; all graphs in one process."""
+    found: list[tuple[Any, dict[str, Array]]] = []
+
+    @settings(max_examples=RANDOM_GRAPHS, database=None, deadline=None, phases=[Phase.generate], derandomize=True)
+    @given(networks())
+    def collect(case: tuple[ir.Model, Array]) -> None:
+        model, x = case
+        folded = Fold()(model, None)
+        wanted = M.FloatSession(folded, optimize=False).run({"x": x})
+        with suppress(errors.UnsupportedOpError):
+            plan = lower(folded)
+            save_plan(plan, tmp_path / f"{len(found):03}.json")
+            save_batch(tmp_path / f"{len(found):03}.x.npz", plan, {"x": x})
+            found.append((plan, wanted))
+
+    collect()
+    assert len(found) > RANDOM_GRAPHS / 2
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [keras_python, "-c", _BUILD_ALL, keras_builder.__file__, str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    for number, (plan, wanted) in enumerate(found):
+        assert difference(plan, wanted, tmp_path / f"{number:03}.y.npz") <= 1e-4
 
 
 def test_references_are_what_steps_read() -> None:

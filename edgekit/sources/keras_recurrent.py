@@ -40,17 +40,26 @@ def _recurrent(low: Lowering, node: ir.Node) -> None:
     whole, last = _uses(node)
     ref = low.arranged(given, (1, 0, 2))
     steps, batch = given.shape[0], given.shape[1]
-    for every, wanted in ((True, whole), (False, last)):
-        if not wanted:
-            continue
-        called: dict[str, Any] = {**config, "return_sequences": every}
-        if way == "bidirectional":
-            out = low.named("Bidirectional", ref, node, weights, inner=kind, wraps=called, merge_mode="concat")
-        else:
-            out = low.named(kind, ref, node, weights, **called, **({"go_backwards": True} if way == "reverse" else {}))
-        if every and way == "reverse":  # Keras gives them in the order in which it read
-            out = low.call("flip", Ref(out), axis=1)
-        _put(low, node, out, every, directions, (steps, batch, units))
+    config["return_sequences"] = whole
+    if way == "bidirectional":
+        out = low.named("Bidirectional", ref, node, weights, inner=kind, wraps=config, merge_mode="concat")
+    else:
+        out = low.named(kind, ref, node, weights, **config, **({"go_backwards": True} if way == "reverse" else {}))
+    if whole and way == "reverse":  # Keras gives them in the order in which it read
+        out = low.call("flip", Ref(out), axis=1)
+    if whole:
+        _put(low, node, out, True, directions, (steps, batch, units))
+    if last:
+        _put(low, node, _ends(low, out, way, units, steps) if whole else out, False, directions, (steps, batch, units))
+
+
+def _ends(low: Lowering, ref: str, way: str, units: int, steps: int) -> str:
+    """Of all steps (batch, steps, directions * units) the one that each direction read last."""
+    last, first = (low.call("take", Ref(ref), at, axis=1) for at in (steps - 1, 0))
+    if way != "bidirectional":
+        return first if way == "reverse" else last
+    parts = [low.call("split", Ref(r), [units], axis=-1, takes=i) for i, r in enumerate((last, first))]
+    return low.call("concatenate", [Ref(p) for p in parts], axis=-1)
 
 
 def _put(low: Lowering, node: ir.Node, ref: str, every: bool, directions: int, sizes: tuple[int, int, int]) -> None:
