@@ -297,3 +297,14 @@ def test_the_command_line(tmp_path: Path) -> None:
 def test_losses_are_a_function() -> None:
     agreements = [a for a, _ in pruning.LOSSES]
     assert agreements == sorted(set(agreements))
+
+
+def test_int8_keeps_the_zeros(tmp_path: Path) -> None:
+    """By the integers of the plan: as many zeros as the sparse float weights have."""
+    convert(tmp_path, "digits_mlp", prune="2:4", precisions=["int8"])
+    told = manifest(tmp_path, "onnxruntime-int8-pruned")
+    assert "reconstructed" in (told.quantization or {})["method"]
+    with np.load(tmp_path / "b" / "plan.npz") as stored:
+        shares = [float((stored[name] == 0).mean()) for name in stored.files]
+    assert shares
+    assert min(shares) >= 0.5

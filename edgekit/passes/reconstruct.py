@@ -34,6 +34,7 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of the Gram matrix' mean diagonal
 LIVE_BYTES = 512 * 2**20
 BATCH = 32
 LARGE = 1e12  # squares of it, summed over MOST_ROWS, are far below float32's 3e38
+SPARSE = 0.25  # share of weights that are zero from which they stay zero
 HELD = 4  # one sample in so many judges the result of the others
 
 
@@ -116,10 +117,15 @@ def _solve(
 
     nearest = np.clip(np.rint(weight / scales), -plan.limit, plan.limit)
     plain = left(nearest * scales, offset if free else None)
-    ideal = min((weight + change for change in _ridged(gram, slope)), key=lambda real: left(real, bias_of(real)))
-    # which ridge shows before rounding, which is what takes the time
-    wishes = np.concatenate([ideal, weight], axis=2)
-    tried = [nearest, *np.split(round_weights(wishes, gram, np.concatenate([scales] * 2, axis=2), plan.limit), 2, 2)]
+    if (weight == 0).mean() >= SPARSE:
+        reach = plan.limit * (weight != 0)  # zeros were put there, and they are what compresses
+        tried = [nearest, round_weights(weight, gram, scales, (-reach, reach))]
+    else:
+        ideal = min((weight + change for change in _ridged(gram, slope)), key=lambda real: left(real, bias_of(real)))
+        # which ridge shows before rounding, which is what takes the time
+        wishes = np.concatenate([ideal, weight], axis=2)
+        both = np.concatenate([scales] * 2, axis=2)
+        tried = [nearest, *np.split(round_weights(wishes, gram, both, plan.limit), 2, 2)]
     biases = [bias_of(q * scales) for q in tried]
     errors = [left(q * scales, bias) for q, bias in zip(tried, biases, strict=True)]
     best = int(np.argmin(errors))
