@@ -14,13 +14,16 @@ class InstallError(Exception):
     """A tool's packages could not be installed; says what pip said last."""
 
 
-def python_of(name: str, folder: Path) -> str:
-    """The interpreter of environment `name` below `folder`. "own": the one that runs this. Raises InstallError."""
+def python_of(name: str, folder: Path, requirements: Path = REQUIREMENTS) -> str:
+    """The interpreter of environment `name` below `folder`. "own": the one that runs this. Raises InstallError.
+
+    requirements: the folder that has NAME.txt.
+    """
     if name == "own":
         return sys.executable
     if name == "keras" and (given := os.environ.get("EDGEKIT_KERAS_PYTHON")):
         return given
-    home, wanted = folder / name, REQUIREMENTS / f"{name}.txt"
+    home, wanted = folder / name, requirements / f"{name}.txt"
     python, stamp = home / "bin" / "python", home / ".installed"
     if stamp.is_file() and stamp.read_bytes() == wanted.read_bytes():
         return str(python)
