@@ -32,7 +32,7 @@ def widths(units: int, positions: int, multiple: int) -> tuple[int, ...]:
     """
     total = units * positions
     step = multiple
-    while step > 1 and total < 4 * step:
+    while step > 1 and total <= 4 * step:
         step //= 2
     return (units, *(n for n in range(units - 1, 0, -1) if n * positions % step == 0))
 

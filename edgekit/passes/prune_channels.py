@@ -7,7 +7,7 @@ out (`surgery`), fit the layers that are left to the float model's results (`pru
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,12 @@ from edgekit.passes.coupling import Coupling, Family, Meter
 from edgekit.passes.coupling_trace import trace
 from edgekit.passes.judge import Judge
 from edgekit.passes.prune_allocate import Choice, Cost, allocate, widths
+from edgekit.passes.prune_basis import basis, linear, rewritten
 from edgekit.passes.prune_damage import curve
-from edgekit.passes.prune_grams import layer_of, moments
+from edgekit.passes.prune_grams import Moments, in_parts, layer_of, moments
 from edgekit.passes.prune_importance import Importance, order
 from edgekit.passes.prune_plan import FamilyPlan, Measure, PruningPlan, numbers
+from edgekit.passes.prune_readings import Reading, of_nodes
 from edgekit.passes.prune_repair import repair
 from edgekit.passes.reconstruct import affordable
 from edgekit.passes.surgery import check, cut, ready
@@ -36,6 +38,16 @@ Array = np.ndarray[Any, Any]
 # Shares of a family that are taken away to measure what the output suffers.
 STOPS = (0.125, 0.25, 0.5, 0.75, 0.9)
 JUDGES = 128  # samples that it is measured on
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model made ready, its families, and of those that may lose channels the order and the damage."""
+
+    model: ir.Model
+    coupling: Coupling
+    families: Sequence[Family]
+    choices: Sequence[Choice]
 
 
 @dataclass(frozen=True)
@@ -61,14 +73,27 @@ class PruneChannels:
 
     def plan(self, model: ir.Model, data: Dataset, held: Dataset, progress: Progress = silent) -> PruningPlan:
         """model: float, folded. data: bound to it, channels are chosen by it. held: other samples, to judge with."""
+        return self.decide(self.measured(model, data, held, progress))
+
+    def measured(self, model: ir.Model, data: Dataset, held: Dataset, progress: Progress = silent) -> Measured:
+        """What plans of any budget are made of; arguments as of `plan`."""
         model = prepared_for_pruning(model)
         coupling = trace(model)
         families = coupling.families()
+        for family in families:
+            if not family.frozen and not _readings(model, coupling, family):
+                family.frozen = "no layer that reads these channels can be fitted"
         free = [f for f in families if not f.frozen and len(f.units) > 1 and f.name not in self.keep]
         if not free:
             told = "; ".join(f"{f.name}: {f.frozen or 'one channel'}" for f in families[:4]) or "no weights"
             raise UnsupportedOpError(f"nothing in this model can be pruned ({told})", "leave --prune out")
-        choices = self._choices(model, coupling, free, data, held, progress)
+        model = self._rebased(model, coupling, free, data)
+        return Measured(model, coupling, families, self._choices(model, coupling, free, data, held, progress))
+
+    def decide(self, found: Measured) -> PruningPlan:
+        """Under the budget, of what was measured."""
+        model, coupling, families, choices = found.model, found.coupling, found.families, found.choices
+        free = [c.family for c in choices]
         meter = Meter(coupling, sizes(model))
         cost = Cost(coupling, free, _terms(model, coupling, self.measure))
         kept = allocate(choices, cost, self.budget * cost(np.ones(len(free))))
@@ -96,10 +121,23 @@ class PruneChannels:
         model = prepared_for_pruning(model)
         coupling = trace(model)
         keep = plan.kept(coupling)
+        names = {f.name for f in plan.families if f.keep < f.units}
+        model = self._rebased(model, coupling, [f for f in coupling.families() if f.name in names], data)
         pruned = cut(model, coupling, keep)
         check(pruned)
         batches = affordable(model, data, frozenset())
         return pruned, repair(model, pruned, coupling, keep, batches, seed=self.seed, progress=progress)
+
+    def _rebased(self, model: ir.Model, coupling: Coupling, families: Sequence[Family], data: Dataset) -> ir.Model:
+        """The same function, with linear families in the basis of `prune_basis`."""
+        needs = {f.name: (f, _readings(model, coupling, f)) for f in linear(model, coupling, families)}
+        bases = {}
+        for names in in_parts({name: readings for name, (_, readings) in needs.items()}):
+            found = moments(model, _distinct(needs[n][1] for n in names), data, self.seed)
+            for name in names:
+                if (transform := basis(coupling, needs[name][0], found)) is not None:
+                    bases[name] = (needs[name][0], transform)
+        return rewritten(model, coupling, bases) if bases else model
 
     def _choices(
         self,
@@ -110,21 +148,39 @@ class PruneChannels:
         held: Dataset,
         progress: Progress,
     ) -> list[Choice]:
-        progress("measure what channels carry", 0, 0)
-        readers = sorted({s.node for s in coupling.sites if s.role == "in"})
-        found = dict(moments(model, readers, data, self.seed))
         judge = Judge(model, held, frozenset(), 64, most=JUDGES)
-        choices = []
-        for done, family in enumerate(families):
-            progress("measure what the output suffers", done, len(families))
-            units = len(family.units)
-            stops = sorted({max(1, int(units * share)) for share in STOPS} & set(range(1, units)))
-            ranked = order(coupling, family, found, stops, self.importance)
-            counts = widths(units, _positions(coupling, family), self.multiple)
-            choices.append(
-                Choice(family, ranked, curve(model, coupling, family, ranked, judge, len(judge.inputs)), counts)
-            )
-        return choices
+        needs = {f.name: _readings(model, coupling, f) for f in families}
+        by_name = {f.name: f for f in families}
+        choices: dict[str, Choice] = {}
+        for names in in_parts(needs):
+            progress("measure what channels carry", len(choices), len(families))
+            found = moments(model, _distinct(needs[n] for n in names), data, self.seed)
+            for name in names:
+                progress("measure what the output suffers", len(choices), len(families))
+                choices[name] = self._choice(model, coupling, by_name[name], found, judge)
+        return [choices[f.name] for f in families]
+
+    def _choice(
+        self, model: ir.Model, coupling: Coupling, family: Family, found: Mapping[str, Moments], judge: Judge
+    ) -> Choice:
+        units = len(family.units)
+        stops = sorted({max(1, int(units * share)) for share in STOPS} & set(range(1, units)))
+        ranked = order(coupling, family, found, stops, self.importance)
+        counts = widths(units, _positions(coupling, family), self.multiple)
+        return Choice(family, ranked, curve(model, coupling, family, ranked, judge, len(judge.inputs)), counts)
+
+
+def _readings(model: ir.Model, coupling: Coupling, family: Family) -> list[Reading]:
+    """Of the layers that read the family's channels, those that can be fitted."""
+    members = set(family.units.tolist())
+    sites = [s for s in coupling.sites if s.role == "in" and members & set(coupling.roots(s.labels).tolist())]
+    read = {(s.node, s.position) for s in sites}
+    found = of_nodes(model, [s.node for s in sites])
+    return [r for r in found if any((r.node.name, position) in read for position in r.first)]
+
+
+def _distinct(readings: Iterable[Sequence[Reading]]) -> list[Reading]:
+    return list({r.key: r for part in readings for r in part}.values())
 
 
 def prepared_for_pruning(model: ir.Model) -> ir.Model:

@@ -10,11 +10,10 @@ import numpy as np
 import onnx_ir as ir
 
 from edgekit import model as M
-from edgekit.passes import fold_graph as G
 from edgekit.passes.coupling import Coupling, Family
 from edgekit.passes.judge import Judge
-from edgekit.passes.prune_grams import layer_of
 from edgekit.passes.prune_importance import Order
+from edgekit.passes.prune_readings import of_nodes
 from edgekit.passes.surgery import cut
 
 Array = np.ndarray[Any, Any]
@@ -78,21 +77,20 @@ def damage_without(model: ir.Model, coupling: Coupling, found: Order, stop: int,
     """Of the model without the first `stop` units of one family, its readers fitted anew."""
     keep = coupling.without(found.units[:stop])
     pruned = cut(model, coupling, keep)
-    nodes = {n.name: n for n in pruned.graph}
-    for name, (weight, bias) in found.weights[stop].items():
-        node = nodes[name]
-        site = next(s for s in coupling.sites if s.node == name and s.position == 1 and s.role == "in")
-        layer = layer_of(node)
-        if layer is None:
-            continue
-        taps = weight.shape[1] // len(site.labels)
-        rows = np.repeat(keep[site.labels], taps)
-        fitted = layer.restored(weight[:, rows].astype(np.float64)).astype(np.float32)
-        G.set_constant(node, 1, f"{name}/fitted", fitted)
-        if len(node.inputs) > 2 and (old := G.array(node.inputs[2])) is not None and old.size == bias.size:
-            G.set_constant(node, 2, f"{name}/shifted", old + bias.reshape(old.shape).astype(np.float32))
+    names = [key.rpartition(":")[0] for key in found.weights[stop]]
+    small = {r.key: r for r in of_nodes(pruned, names)}
+    for reading in of_nodes(model, names):
+        if reading.key in found.weights[stop]:
+            weight, shift = found.weights[stop][reading.key]
+            rows, columns = reading.kept(coupling, keep)
+            small[reading.key].write(_columns(weight[:, rows], columns), _columns(shift, columns))
     session = M.FloatSession(pruned, fetch=judge.names)
     return damage(judge, [session.run(i) for i in judge.inputs[:inputs]])
+
+
+def _columns(array: Array, kept: Array) -> Array:
+    """array: (groups, …, outputs). kept: bool (groups, outputs), as many of each group."""
+    return np.stack([np.compress(k, a, axis=-1) for a, k in zip(array, kept, strict=True)])
 
 
 def _between(errors: Array, at: Array, measured: Array) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from edgekit.passes import fold_graph as G
 from edgekit.passes import regression as L
 from edgekit.passes.blas import single_threaded
 from edgekit.passes.calibrate import fetched
+from edgekit.passes.prune_readings import Reading
 
 if TYPE_CHECKING:
     from edgekit.dataset import Dataset
@@ -20,27 +21,50 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 # Rows per dataset that a layer's moments are taken from: positions of images, each image its own.
 ROWS = 65536
-GRAM_BYTES = 512 * 2**20
+GRAM_BYTES = 384 * 2**20  # held at once; as much again is worked on
+# Layers with more features are looked at by channel, their taps as so many rows: a 3x3 convolution of 256 channels.
+MOST_FEATURES = 2304
 BATCH = 32
 
 
 @dataclass
 class Moments:
-    """Of a layer's inputs x, rows by features, per group: n, sum x, sum x xᵀ (float64)."""
+    """Of what a layer reads, per group: n, sum x, sum x xᵀ (float64).
 
-    layer: L.Layer
+    taps: positions of a window that are looked at as rows, 1 if they are features.
+    """
+
+    reading: Reading
+    taps: int = 1
     rows: int = 0
     total: Array = field(default_factory=lambda: np.zeros(0))
     squares: Array = field(default_factory=lambda: np.zeros(0))
 
     def extend(self, x: Array) -> None:
         """x: (groups, rows, features)."""
+        groups, count, size = x.shape
+        if self.taps > 1:
+            x = x.reshape(groups, count, -1, self.taps).swapaxes(2, 3).reshape(groups, count * self.taps, -1)
         if not self.rows:
-            groups, _, features = x.shape
+            features = size // self.taps
             self.total, self.squares = np.zeros((groups, features)), np.zeros((groups, features, features))
         self.rows += x.shape[1]
         self.total += x.sum(axis=1, dtype=np.float64)
         self.squares += x.swapaxes(1, 2) @ x
+
+    @property
+    def weight(self) -> Array:
+        """(groups, features, outputs): taps that are rows give outputs of their own."""
+        return self.by_channel(self.reading.layer.weight)
+
+    def by_channel(self, weight: Array) -> Array:
+        groups, size, outputs = weight.shape
+        return weight.reshape(groups, size // self.taps, self.taps * outputs)
+
+    def by_tap(self, weight: Array) -> Array:
+        """Back to (groups, channels × taps, outputs)."""
+        groups, size, outputs = weight.shape
+        return weight.reshape(groups, size * self.taps, outputs // self.taps)
 
     @property
     def mean(self) -> Array:
@@ -61,39 +85,43 @@ def layer_of(node: ir.Node) -> L.Layer | None:
     return None if weight is None else L.layer(node, weight, bias)
 
 
-def moments(model: ir.Model, nodes: Sequence[str], data: Dataset, seed: int = 0) -> Iterator[tuple[str, Moments]]:
-    """Of each named node's input over the dataset, as many nodes at a time as GRAM_BYTES hold. model: prepared."""
-    by_name = {n.name or "": n for n in model.graph}
-    layers = {name: layer for name in nodes if (layer := layer_of(by_name[name])) is not None}
-    for part in _parts(layers):
-        yield from _gather(model, part, data, seed).items()
+def taps(reading: Reading) -> int:
+    """How many of a window's positions are rows rather than features."""
+    size = reading.layer.weight.shape[1]
+    return 1 if reading.recurrent or size <= MOST_FEATURES else int(np.prod(reading.layer.shape[2:], dtype=np.int64))
 
 
-def _parts(layers: Mapping[str, L.Layer]) -> Iterator[dict[str, L.Layer]]:
-    part: dict[str, L.Layer] = {}
-    size = 0
-    for name, layer in layers.items():
-        groups, features, _ = layer.weight.shape
-        need = groups * features**2 * 8
-        if part and size + need > GRAM_BYTES:
-            yield part
-            part, size = {}, 0
-        part[name], size = layer, size + need
-    if part:
-        yield part
+def gram_bytes(reading: Reading) -> int:
+    groups, size, _ = reading.layer.weight.shape
+    return int(groups * (size // taps(reading)) ** 2 * 8)
 
 
 @single_threaded
-def _gather(model: ir.Model, layers: Mapping[str, L.Layer], data: Dataset, seed: int) -> dict[str, Moments]:
+def moments(model: ir.Model, readings: Sequence[Reading], data: Dataset, seed: int = 0) -> dict[str, Moments]:
+    """By key, of each reading's input over the dataset. model: prepared, what the readings are of."""
     rng = np.random.default_rng(seed)
-    found = {name: Moments(layer) for name, layer in layers.items()}
-    readers: dict[str, list[str]] = {}
-    for name, layer in layers.items():
-        readers.setdefault(layer.node.inputs[0].name or "", []).append(name)  # type: ignore[union-attr]
-    for value, array, _ in fetched(model, data, list(readers), BATCH, frozenset()):
-        for name in readers[value]:
-            layer = layers[name]
-            each = max(1, ROWS * len(array) // max(1, data.samples))
-            rows = L.choose_input(layer, array, each, rng)
-            found[name].extend(L.inputs(layer, array, rows))
+    found = {r.key: Moments(r, taps(r)) for r in readings}
+    by_value: dict[str, list[str]] = {}
+    for reading in readings:
+        by_value.setdefault(reading.node.inputs[0].name or "", []).append(reading.key)  # type: ignore[union-attr]
+    for value, array, _ in fetched(model, data, list(by_value), BATCH, frozenset()):
+        for key in by_value[value]:
+            reading = found[key].reading
+            samples = array.shape[1] if reading.recurrent else len(array)
+            each = max(1, ROWS * samples // max(1, data.samples) // found[key].taps)
+            found[key].extend(reading.inputs(array, each, rng))
     return found
+
+
+def in_parts(needs: Mapping[str, Sequence[Reading]]) -> list[list[str]]:
+    """The names, as many at a time as GRAM_BYTES hold of what they need."""
+    parts: list[list[str]] = []
+    held: dict[str, int] = {}
+    for name, readings in needs.items():
+        more = {r.key: gram_bytes(r) for r in readings}
+        if not parts or sum({**held, **more}.values()) > GRAM_BYTES:
+            parts.append([])
+            held = {}
+        held.update(more)
+        parts[-1].append(name)
+    return parts

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from edgekit.passes.blas import single_threaded
-from edgekit.passes.coupling import Coupling, Family, Site
+from edgekit.passes.coupling import Coupling, Family
 from edgekit.passes.prune_grams import Moments
 
 Array = np.ndarray[Any, Any]
@@ -28,8 +28,8 @@ STEP = 0.04
 class Order:
     """units: root labels, the first to go first. errors: relative error of the readers once so many have gone.
 
-    weights: after some numbers of removals, the readers' weights fitted anew: {gone: {node: (features, outputs)}}, for
-    whole features, those that are gone at 0, and {node: what is added to the bias}.
+    weights: after some numbers of removals, by reading, its weights fitted anew (groups, features, outputs), those that
+    are gone at 0, and what is added to the bias (groups, outputs).
     """
 
     units: Array
@@ -41,21 +41,13 @@ class Order:
 class _Reader:
     """One layer that reads the family, one group. features: (units, per unit) positions of each unit's features."""
 
-    node: str
-    group: int
+    key: str
     inverse: Array
     weight: Array
     energy: float
     features: Array
     mean: Array
     before: Array
-
-
-def features(site: Site, roots: Array, units: Array, taps: int) -> Array:
-    """(units, positions × taps): where each unit's features lie in the rows of a layer. roots: of the site's labels."""
-    order = np.argsort(roots, kind="stable")
-    found = [order[np.searchsorted(roots[order], u) : np.searchsorted(roots[order], u, side="right")] for u in units]
-    return np.stack([(p[:, None] * taps + np.arange(taps)).reshape(-1) for p in found])
 
 
 @single_threaded
@@ -66,7 +58,7 @@ def order(
     stops: Sequence[int],
     how: Importance = "reconstruction",
 ) -> Order:
-    """moments: of each layer that reads the family. stops: numbers of removals to keep the fitted weights at."""
+    """moments: of each reading of the family. stops: numbers of removals to keep the fitted weights at."""
     readers = _readers(coupling, family, moments, how)
     left = np.arange(len(family.units))
     gone: list[int] = []
@@ -84,39 +76,49 @@ def order(
             errors.append(total)
         left = np.setdiff1d(left, gone)
         if len(gone) in stops:
-            kept[len(gone)] = _fitted(readers)
+            kept[len(gone)] = _fitted(readers, moments)
     gone.extend(int(u) for u in left)
     return Order(family.units[gone], np.array(errors), kept)
 
 
 def _readers(coupling: Coupling, family: Family, moments: Mapping[str, Moments], how: Importance) -> list[_Reader]:
     out = []
-    members = set(family.units.tolist())
-    for site in coupling.sites:
-        found = moments.get(site.node)
-        if site.role != "in" or found is None or not members & set(coupling.roots(site.labels).tolist()):
+    for found in moments.values():
+        where = _features(coupling, family, found)
+        if where is None:
             continue
-        layer = found.layer
-        groups, size, _ = layer.weight.shape
-        taps = size // len(site.labels)
-        where = features(site, coupling.roots(site.labels), family.units, taps)
-        for group in range(groups):
+        for group, start in enumerate(found.weight):
             h = found.covariance[group]
+            size = len(h)
             mean = float(np.trace(h)) / size
             if how == "magnitude":
                 h = np.eye(size)
             elif how == "activation":
                 h = np.diag(np.diag(h)) + 1e-12 * np.eye(size)
             damped = h + (DAMPING * max(mean, 1e-12)) * np.eye(size) if how == "reconstruction" else h
-            weight = layer.weight[group].copy()
-            energy = float(np.einsum("io,ij,jo->", weight, h, weight, optimize=True))
+            energy = float((start * (h @ start)).sum())
             out.append(
                 _Reader(
-                    site.node, group, np.linalg.inv(damped), weight, max(energy, 1e-12), where,
-                    found.mean[group], layer.weight[group],
+                    found.reading.key, np.linalg.inv(damped), start.copy(), max(energy, 1e-12), where,
+                    found.mean[group], start,
                 )
             )  # fmt: skip
     return out
+
+
+def _features(coupling: Coupling, family: Family, found: Moments) -> Array | None:
+    """(units, positions × taps): where each unit's features lie in what the reading reads; None if it reads none."""
+    parts = []
+    for site in found.reading.sites(coupling):
+        roots, places = coupling.roots(site.labels), found.reading.places(site)
+        if found.taps > 1:
+            places = places[:, :1] // found.taps
+        order = np.argsort(roots, kind="stable")
+        first, last = (np.searchsorted(roots[order], family.units, side) for side in ("left", "right"))
+        counts = np.unique(last - first)
+        if len(counts) == 1 and counts[0]:
+            parts.append(places[order[first[:, None] + np.arange(counts[0])]].reshape(len(family.units), -1))
+    return np.concatenate(parts, axis=1) if parts else None
 
 
 def _costs(reader: _Reader, left: Array) -> Array:
@@ -147,15 +149,14 @@ def _remove(reader: _Reader, unit: int) -> float:
     return added
 
 
-def _fitted(readers: Sequence[_Reader]) -> dict[str, tuple[Array, Array]]:
-    """Per node (groups, features, outputs) and what its bias gains."""
-    found: dict[str, list[_Reader]] = {}
+def _fitted(readers: Sequence[_Reader], moments: Mapping[str, Moments]) -> dict[str, tuple[Array, Array]]:
+    """By reading (groups, features, outputs) and what its bias gains (groups, outputs)."""
+    parts: dict[str, list[_Reader]] = {}
     for reader in readers:
-        found.setdefault(reader.node, []).append(reader)
-    return {
-        node: (
-            np.stack([r.weight.copy() for r in parts]),
-            np.stack([r.mean @ (r.before - r.weight) for r in parts]),
-        )
-        for node, parts in found.items()
-    }
+        parts.setdefault(reader.key, []).append(reader)
+    fitted = {}
+    for key, found in parts.items():
+        shift = np.stack([r.mean @ (r.before - r.weight) for r in found])
+        weight = moments[key].by_tap(np.stack([r.weight for r in found]))
+        fitted[key] = (weight, shift.reshape(len(shift), -1, weight.shape[2]).sum(axis=1))
+    return fitted
