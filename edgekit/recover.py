@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,13 +29,15 @@ if TYPE_CHECKING:
 
 Loss = Literal["classes", "values", "both", "none"]
 SCRIPT = Path(keras_trainer.__file__)
-SETTINGS: dict[str, Any] = {
-    "rate": 0.01, "floor": 1e-3, "warmup": 20, "temperature": 1.0, "average": 0.99, "judged": 20, "trial": 0.05,
-    "shift": 0.125,
-}  # fmt: skip
 BATCH = 64
+# A hundredth of a tensor's RMS a step: what raw 0-255 inputs and [0, 1] ones both bear. Twice as much is worse.
+RATE, FLOOR, WARMUP = 0.01, 1e-3, 20
+TEMPERATURE = 1.0
+AVERAGE = 0.99  # the weights are judged and kept as the mean over about a hundred steps
+JUDGED = 20
+TRIAL, ENOUGH = 0.05, 0.75  # of the budget to try each way of altering samples; of the best one's gain, see `chosen`
+SHIFT = 0.125  # four of 32 pixels, as is usual on CIFAR
 _CHUNK = 256  # samples at a time that are written for the process
-WAYS = ("plain", "mixed", "moved", "mirrored")
 
 
 def distill(
@@ -73,11 +76,11 @@ def distill(
         request: dict[str, Any] = {
             name: [f"{name}{i}.npy" for i in range(len(plans["teacher"].inputs))] for name in sets
         }
-        settings = {**SETTINGS, **_ways(teacher), "batch": fixed or BATCH, "seed": seed}
+        settings = asdict(_settings(teacher, seconds, steps or 0, seed))
         request |= {
             "task": "train", "teacher": "teacher.json", "student": "student.json", "work": folder, "losses": losses,
             "free": [bool(w.name) and w.values.dtype.kind == "f" for w in plans["student"].weights],
-            "settings": {**settings, "seconds": seconds, "steps": steps or 0},
+            "settings": settings,
         }  # fmt: skip
         with KerasProcess(SCRIPT, "the student") as process:
             process.say(request)
@@ -121,19 +124,26 @@ def _loss(plan: Plan, index: int, value: ir.Value) -> Loss:
     return "classes" if G.integer(producer, "axis", -1) in (-1, len(dims) - 1) else "values"
 
 
-def _ways(model: ir.Model) -> dict[str, Any]:
-    """How samples may be altered: real numbers can be mixed, images (one or three channels) moved."""
+def _settings(model: ir.Model, seconds: float, steps: int, seed: int) -> keras_trainer.Settings:
+    """Real numbers can be mixed, images (one or three channels) moved and mirrored; each way is tried first."""
     specs = M.signature(model).inputs
-    ways = ["plain"]
-    if all(s.dtype == "float32" for s in specs):
-        ways.append("mixed")
+    ways: list[str] = ["plain"]
     places: list[int] = []
-    if len(specs) == 1 and len(specs[0].shape) == 4 and specs[0].dtype == "float32":
-        shape = specs[0].shape
-        places = [1, 2] if shape[3] in (1, 3) else [2, 3] if shape[1] in (1, 3) else []
-    if places:
-        ways += ["moved", "mirrored"]
-    return {"ways": ways, "places": places}
+    if all(s.dtype == "float32" for s in specs):
+        ways, places = ["plain", "mixed"], _places(specs[0].shape) if len(specs) == 1 else []
+    if len(places) == 2:
+        ways = ["plain", "moved", "moved+mixed", "mirrored+mixed"]
+    return keras_trainer.Settings(
+        RATE, FLOOR, WARMUP, TEMPERATURE, AVERAGE, M.batch_of(M.signature(model)) or BATCH, seconds, steps, seed,
+        JUDGED, ways, TRIAL, ENOUGH, places, SHIFT,
+    )  # fmt: skip
+
+
+def _places(shape: tuple[int | str, ...]) -> list[int]:
+    """The axes of height and width of an image."""
+    if len(shape) != 4:
+        return []
+    return [1, 2] if shape[3] in (1, 3) else [2, 3] if shape[1] in (1, 3) else []
 
 
 def _save(work: Path, stem: str, plan: Plan, data: Dataset, whole: int) -> int:

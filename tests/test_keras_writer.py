@@ -87,6 +87,32 @@ def test_joined_axes_separate_again() -> None:
     assert joined.regrouped((FREE, 7, 5)) is None
 
 
+def test_layers_are_called_as_exporters_left_their_names() -> None:
+    """Keras counts scopes anew on export ("stem" becomes "stem_1"); a folded convolution has it in its weight only."""
+
+    def made(first: str, weight: str) -> ir.Model:
+        graph = parser.parse_graph(
+            "m (float[n,4,4,3] x) => (float[n,2] y) { t = Transpose<perm=[0,3,1,2]>(x)  c = Conv(t, w)  r = Relu(c)"
+            "  g = GlobalAveragePool(r)  f = Flatten(g)  y = Gemm(f, v) }"
+        )
+        for node, name in zip(
+            graph.node,
+            ["net_1/stem_1/t", first, "net_1/act_1/Relu", "net_1/gap_1/Mean", "net_1/gap_1/f", "net_1/top_2_1/MatMul"],
+            strict=True,
+        ):
+            node.name = name
+            node.input[:] = [weight if i == "w" else i for i in node.input]
+        arrays = {weight: _normal(6, 3, 1, 1), "v": _normal(6, 2)}
+        graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in arrays.items())
+        return M.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10))
+
+    exported = made("Conv__7", "net_1/stem_1/convolution/merged_input:0")
+    assert [s.name for s in lower(exported).steps] == ["stem", "act", "gap", "y"]
+    pruned = made("Conv__7", "Conv__7/weight")
+    assert [s.name for s in lower(pruned).steps] == ["conv", "act", "gap", "y"]
+    assert [s.name for s in lower(pruned, like=exported).steps] == ["stem", "act", "gap", "y"]
+
+
 def test_an_operator_without_translation_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     model = _model("m (float[n,4] x) => (float[n,4] y) { y = Hardmax(x) }")
     with pytest.raises(errors.UnsupportedOpError, match="Hardmax"):
@@ -252,8 +278,8 @@ def test_a_file_that_differs_is_not_written(
 
     honest = keras_writer.lower
 
-    def wrong(model: ir.Model) -> Any:
-        plan = honest(model)
+    def wrong(model: ir.Model, **given: Any) -> Any:
+        plan = honest(model, **given)
         plan.weights[0].values[...] *= 1.01
         return plan
 

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from edgekit import model as M
@@ -49,16 +50,22 @@ class Plan:
         """In the order in which the process that builds the model is given them."""
         return [w for step in self.steps for w in step.weights]
 
+    @property
+    def constants(self) -> int:
+        """Floating point numbers in arrays that are no weights of layers."""
+        arrays = [a for step in self.steps for a in step.arguments if isinstance(a, np.ndarray)]
+        return sum(a.size for a in arrays if a.dtype.kind == "f")
+
 
 class Lowering(Builder):
     """The state of a translation. values: what is computed so far, by the graph's name."""
 
-    def __init__(self, model: ir.Model, *, fuse: bool) -> None:
+    def __init__(self, model: ir.Model, *, fuse: bool, like: ir.Model | None) -> None:
         super().__init__()
         self.model = M.with_batch(model, FREE)
         self.values: dict[str, View] = {}
         self.fuse = fuse
-        self._scopes = _scopes(self.model)
+        self._scopes = _scopes(self.model) | ({} if like is None else _scopes(like))
 
     def shape(self, value: ir.Value | None) -> tuple[int, ...]:
         """Sizes with FREE for the batch. Raises ShapeError where one is unknown."""
@@ -129,12 +136,14 @@ class Lowering(Builder):
         return View(self.named("Activation", given.ref, node, [], activation=function), given.dims, given.groups)
 
 
-def lower(model: ir.Model, *, fuse: bool = True) -> Plan:
+def lower(model: ir.Model, *, fuse: bool = True, like: ir.Model | None = None) -> Plan:
     """model: float, folded; a symbolic batch becomes Keras's None. fuse: join activations to the layer of their name.
+
+    like: what the model was made from, with layers' names in its weights; nodes of the same name are called as there.
 
     Raises UnsupportedOpError naming the operator, ShapeError where a size is unknown.
     """
-    low = Lowering(model, fuse=fuse)
+    low = Lowering(model, fuse=fuse, like=like)
     sig = M.signature(model)
     check_ops(model)
     for spec, value in zip(sig.inputs, _inputs(low.model), strict=True):
@@ -188,11 +197,11 @@ def _scopes(model: ir.Model) -> dict[str, str]:
     for node in model.graph:
         weights = [v.name or "" for v in node.inputs[1:] if v is not None and G.array(v) is not None]
         own = [node.name or "", *weights[:1]] if node.op_type in _WEIGHTED else [node.name or ""]
-        found = next((p for p in map(_path, own) if len(p) > 1), None)
+        found = next((p for p in map(_path, own) if len(p) > 1 and p[0] != node.name), None)
         if found is not None:
             paths[node.name or ""] = found
     heads = Counter(p[0] for p in paths.values())
-    common = {h for h, n in heads.items() if n > len(paths) / 2 and len(heads) <= max(2, len(paths) / 4)}
+    common = {h for h, n in heads.items() if n > len(paths) / 2}
     counted = all(_COUNTED.search(h) for h in common)  # Keras counts scopes anew when it exports: "stem" is "stem_1"
     out = {}
     for name, path in paths.items():

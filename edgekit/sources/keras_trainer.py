@@ -28,9 +28,10 @@ class Settings:
 
     temperature: softens distributions. average: of the mean of the weights over the last steps. batch: samples a step.
     seconds: to train for; steps: how many instead, if not 0. seed. judged: how often the held samples are looked at.
-    ways: how samples may be altered, of "plain", "mixed", "moved", "mirrored"; trial: share of the budget that each
-    gets at first, if there are several. places: axes of height and width of the one input, if it is an image. shift:
-    how far it is moved, as a share of its size.
+    ways: how samples may be altered, of "plain", "mixed", "moved", "mirrored", or several joined by "+", the mildest
+    first; trial: share of the budget that each gets at first, if there are several; enough: see `chosen`.
+    places: axes of height and width of the one input, if it is an image; shift: how far it is moved, as a share of
+    its size.
     """
 
     rate: float
@@ -45,6 +46,7 @@ class Settings:
     judged: int
     ways: list[str]
     trial: float
+    enough: float
     places: list[int]
     shift: float
 
@@ -131,6 +133,17 @@ def moved(images: Any, places: Sequence[int], shift: float, rng: Any, *, mirror:
     return np.ascontiguousarray(images[tuple(index)])
 
 
+def chosen(losses: dict[str, float], before: float, enough: float) -> str:
+    """The last way that gains at least `enough` of what the best gains; losses on held samples after a short trial.
+
+    What alters samples more learns slower at first and overfits later, which a short trial does not see.
+    """
+    best = min(losses.values())
+    if best >= before:
+        return min(losses, key=lambda w: losses[w])
+    return [w for w, loss in losses.items() if before - loss >= enough * (before - best)][-1]
+
+
 # --- training -------------------------------------------------------------------------------------------------------
 class Trainer:
     """Adam whose step for each tensor is a share of the tensor's RMS.
@@ -215,7 +228,7 @@ class Trainer:
                     data, known, way, budget, ((start := number * settings.trial), start + settings.trial), say, False
                 )
                 found[way] = (self._judge_mean()[0], [v.numpy() for v in self.variables])
-            way = min(found, key=lambda w: found[w][0])
+            way = chosen({w: score for w, (score, _) in found.items()}, before[0], settings.enough)
             self._restart(found[way][1])
             start = len(settings.ways) * settings.trial
         self._train(data, known, way, budget, (start, 1.0), say, True)

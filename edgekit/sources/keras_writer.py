@@ -33,15 +33,23 @@ CHECK_SAMPLES = 16
 
 
 def write_keras(
-    model: ir.Model, path: Path, progress: Callable[[str], None] = lambda stage: None, data: Dataset | None = None
+    model: ir.Model,
+    path: Path,
+    progress: Callable[[str], None] = lambda stage: None,
+    *,
+    data: Dataset | None = None,
+    like: ir.Model | None = None,
 ) -> dict[str, Any]:
-    """Write `model` (float, folded) to `path`; data: real samples to check on, seeded ones otherwise.
+    """Write `model` (float, folded) to `path`.
 
-    Returns {max_rel_error, bound, samples, checked_on, layers: {class: count}, parameters, versions}.
+    data: real samples to check on, seeded ones otherwise. like: the folded model that this one was pruned from: its
+    layers' names are kept. Weights can be trained further; arrays that are added or multiplied stay constants.
+    Returns {max_rel_error, bound, samples, checked_on, layers: {class: count}, parameters, constants, versions};
+    parameters: numbers that are trainable, constants: numbers in such arrays.
     Raises UnsupportedOpError naming an operator without translation, ShapeError, ConversionMismatchError,
     MissingExtraError without TensorFlow, DiskError; then nothing is written.
     """
-    plan = lower(model)
+    plan = lower(model, like=like)
     checked_on, batches = _batches(model, data)
     session = M.FloatSession(model, optimize=False)
     wanted = [session.run(batch) for batch in batches]
@@ -66,6 +74,7 @@ def write_keras(
         "checked_on": checked_on,
         "layers": dict(Counter(done["layers"])),
         "parameters": done["parameters"],
+        "constants": plan.constants,
         "versions": done["versions"],
     }
 
