@@ -87,6 +87,20 @@ def test_mixed_samples_lie_between_two_samples() -> None:
     assert not np.array_equal(got, x)
 
 
+@pytest.mark.parametrize(
+    ("losses", "way"),
+    [
+        ({"plain": 0.5, "moved": 0.52, "mixed": 0.55}, "mixed"),  # 90 % of the best one's gain
+        ({"plain": 0.5, "moved": 0.52, "mixed": 0.70}, "moved"),
+        ({"plain": 1.1, "moved": 1.2, "mixed": 1.3}, "plain"),  # nothing gains
+        ({"plain": 0.5, "moved": float("nan"), "mixed": float("inf")}, "plain"),
+        ({"plain": float("nan"), "moved": float("nan")}, "plain"),
+    ],
+)
+def test_the_strongest_way_is_taken_that_gains_enough(losses: dict[str, float], way: str) -> None:
+    assert keras_trainer.chosen(losses, 1.0, 0.75) == way
+
+
 def test_shared_constants_are_taken_apart_and_nothing_changes() -> None:
     model = Fold()(models.mlp(), None)
     gemms = [n for n in model.graph if n.op_type == "Gemm"]

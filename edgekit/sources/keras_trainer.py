@@ -138,6 +138,7 @@ def chosen(losses: dict[str, float], before: float, enough: float) -> str:
 
     What alters samples more learns slower at first and overfits later, which a short trial does not see.
     """
+    losses = {w: loss if loss == loss else float("inf") for w, loss in losses.items()}  # what diverged is not a number
     best = min(losses.values())
     if best >= before:
         return min(losses, key=lambda w: losses[w])
@@ -209,6 +210,7 @@ class Trainer:
     def run(self, data: Samples, held: Samples, say: Say) -> dict[str, Any]:
         """Leaves the best weights in the student. Returns what a record tells."""
         import numpy as np
+        import tensorflow as tf
 
         settings = self.settings
         known = self._answers(data)
@@ -217,20 +219,21 @@ class Trainer:
         self.held, self.wanted = held, self._answers(held)
         before = self.judge()
         self.best, self.kept = before, [v.numpy() for v in self.variables]
+        first = [v.numpy() for v in self.variables]
+        index = np.arange(min(settings.batch, data.count))
+        self.step([tf.constant(k[index]) for k in known], _tensors(data, index), tf.constant(0.0))  # traced, not timed
+        self._restart(first)
         say({"stage": "distill"})
         budget, way, start = Budget(settings), settings.ways[0], 0.0
         found: dict[str, tuple[float, list[Any]]] = {}
         if len(settings.ways) > 1:
-            first = [v.numpy() for v in self.variables]
-            for number, way in enumerate(settings.ways):
+            for way in settings.ways:
                 self._restart(first)
-                self._train(
-                    data, known, way, budget, ((start := number * settings.trial), start + settings.trial), say, False
-                )
+                self._train(data, known, way, budget, (start, start + settings.trial), say, False)
                 found[way] = (self._judge_mean()[0], [v.numpy() for v in self.variables])
+                start += settings.trial
             way = chosen({w: score for w, (score, _) in found.items()}, before[0], settings.enough)
             self._restart(found[way][1])
-            start = len(settings.ways) * settings.trial
         self._train(data, known, way, budget, (start, 1.0), say, True)
         for variable, value in zip(self.variables, self.kept, strict=True):
             variable.assign(value)
