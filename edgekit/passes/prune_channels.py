@@ -19,7 +19,7 @@ from edgekit.passes import fold_graph as G
 from edgekit.passes.coupling import Coupling, Family, Meter
 from edgekit.passes.coupling_trace import trace
 from edgekit.passes.judge import Judge
-from edgekit.passes.prune_allocate import Choice, Cost, allocate, widths
+from edgekit.passes.prune_allocate import Choice, Cost, allocate, kept, widths
 from edgekit.passes.prune_basis import basis, linear, rewritten
 from edgekit.passes.prune_damage import curve
 from edgekit.passes.prune_grams import Moments, in_parts, layer_of, moments
@@ -96,9 +96,9 @@ class PruneChannels:
         free = [c.family for c in choices]
         meter = Meter(coupling, sizes(model))
         cost = Cost(coupling, free, _terms(model, coupling, self.measure))
-        kept = allocate(choices, cost, self.budget * cost(np.ones(len(free))))
+        chosen = _inhabited(coupling, choices, allocate(choices, cost, self.budget * cost(np.ones(len(free)))))
         plans = {}
-        for choice, width in zip(choices, kept, strict=True):
+        for choice, width in zip(choices, chosen, strict=True):
             family = choice.family
             stops = sorted(choice.order.weights)
             plans[family.name] = FamilyPlan(
@@ -168,6 +168,17 @@ class PruneChannels:
         ranked = order(coupling, family, found, stops, self.importance)
         counts = widths(units, _positions(coupling, family), self.multiple)
         return Choice(family, ranked, curve(model, coupling, family, ranked, judge, len(judge.inputs)), counts)
+
+
+def _inhabited(coupling: Coupling, choices: Sequence[Choice], widths: Sequence[int]) -> list[int]:
+    """The widths, wider where a value would be left without channels, as a part of a Split may: it must keep one."""
+    chosen = list(widths)
+    while name := coupling.emptied(kept(coupling, choices, chosen)):
+        labels = np.concatenate([coupling.roots(own) for own in coupling.on[name].values()])
+        for index, choice in enumerate(choices):
+            if np.isin(choice.family.units, labels).any() and chosen[index] < choice.widths[0]:
+                chosen[index] = min(w for w in choice.widths if w > chosen[index])
+    return chosen
 
 
 def _readings(model: ir.Model, coupling: Coupling, family: Family) -> list[Reading]:
