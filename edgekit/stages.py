@@ -415,7 +415,11 @@ class Conversion:
 
         path = self.root / "pruned.keras"
         data = self.bound.take(32, self.seed) if self.dataset is not None else None
-        record = write_keras(self.pruned[0], path, lambda stage: self.progress(stage, 0, 0), data)
+
+        def told(stage: str) -> None:
+            self.progress(stage, 0, 0)
+
+        record = write_keras(self.pruned[0], path, told, data=data, like=self.folded[0])
         return {"path": str(path), **record}
 
     def retire(self, target: str, candidate: str) -> None:
