@@ -27,12 +27,12 @@ from edgekit.sources.keras_writer import BOUND, difference, restore, save_plan
 if TYPE_CHECKING:
     from edgekit.dataset import Dataset
 
-Loss = Literal["classes", "values", "both", "none"]
+Loss = Literal["scores", "values", "none"]
 SCRIPT = Path(keras_trainer.__file__)
 BATCH = 64
 # A hundredth of a tensor's RMS a step: what raw 0-255 inputs and [0, 1] ones both bear. Twice as much is worse.
 RATE, FLOOR, WARMUP = 0.01, 1e-3, 20
-TEMPERATURE = 1.0
+TEMPERATURE = 3.0
 AVERAGE = 0.99  # the weights are judged and kept as the mean over about a hundred steps
 JUDGED = 20
 TRIAL, ENOUGH = 0.05, 0.75  # of the budget to try each way of altering samples; of the best one's gain, see `chosen`
@@ -110,9 +110,10 @@ def _check_pair(teacher: ir.Model, student: ir.Model) -> None:
 
 
 def _loss(plan: Plan, index: int, value: ir.Value) -> Loss:
-    """What an output is taken for: of a Softmax classes; values behind another bound; both where nothing tells.
+    """What an output is taken for: scores of classes where it is a Softmax or may be its input, else values.
 
-    Both losses are least where the student equals the teacher: neither is wrong, they weigh differently.
+    The loss of scores holds that of values: both are least where the student equals the teacher, so that targets taken
+    for scores are learned all the same.
     """
     if value.dtype != ir.DataType.FLOAT:
         return "none"
@@ -120,8 +121,8 @@ def _loss(plan: Plan, index: int, value: ir.Value) -> Loss:
     if dims is None or len(dims) < 2 or dims[-1] == 1 or G.is_op(producer, "Sigmoid", "Tanh", "Relu", "Clip"):
         return "values"
     if plan.logits[index] is None or producer is None:
-        return "both"
-    return "classes" if G.integer(producer, "axis", -1) in (-1, len(dims) - 1) else "values"
+        return "scores" if len(dims) < 4 else "values"  # images
+    return "scores" if G.integer(producer, "axis", -1) in (-1, len(dims) - 1) else "values"
 
 
 def _settings(model: ir.Model, seconds: float, steps: int, seed: int) -> keras_trainer.Settings:

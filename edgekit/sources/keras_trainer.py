@@ -149,8 +149,8 @@ def chosen(losses: dict[str, float], before: float, enough: float) -> str:
 class Trainer:
     """Adam whose step for each tensor is a share of the tensor's RMS.
 
-    losses: for each output "classes" (Kullback-Leibler divergence of softened distributions; Hinton et al. 2015),
-    "values" (mean square over the teacher's variance), "both", or "none".
+    losses: for each output "values" (mean square over the teacher's variance), "scores" (that of what goes into the
+    Softmax, and the Kullback-Leibler divergence of softened distributions; Hinton et al. 2015) or "none".
     """
 
     def __init__(self, teacher: Any, student: Any, variables: list[Any], settings: Settings, losses: list[str]) -> None:
@@ -177,13 +177,13 @@ class Trainer:
         total, same = tf.constant(0.0), tf.constant(1.0)
         outputs = _outputs(self.student, inputs)
         for kind, spread, want, got in zip(self.losses, self.spread, wanted, outputs, strict=True):
-            if kind in ("classes", "both"):
+            if kind == "scores":
                 soft = tf.nn.log_softmax(want / heat)
                 part = tf.reduce_sum(tf.exp(soft) * (soft - tf.nn.log_softmax(got / heat)), axis=-1)
                 total += heat**2 * tf.reduce_mean(part)
                 equal = tf.argmax(want, -1) == tf.argmax(got, -1)
                 same = tf.minimum(same, tf.reduce_mean(tf.cast(equal, tf.float32)))
-            if kind in ("values", "both"):
+            if kind != "none":
                 total += tf.reduce_mean(tf.square(want - got)) / spread
         return total, same
 
