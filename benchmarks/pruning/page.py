@@ -17,7 +17,7 @@ HEADER = """# Pruning: edgekit beside onnxsim
 
 `EDGEKIT_ZOO=FOLDER python benchmarks/pruning/run.py [--extra FOLDER] [--distill 5m]` writes this page.
 
-{date}, {machine}, one thread.
+{date}, {machine}.
 
 {versions}
 
