@@ -28,11 +28,12 @@ class Choice:
 def widths(units: int, positions: int, multiple: int) -> tuple[int, ...]:
     """Numbers of units worth keeping, falling from all to the least: those that make a multiple of `multiple` channels.
 
-    Of half or a quarter of it in a family of few channels. positions: channels per unit.
+    Of half of it in a family of at most four such steps, halved again until there are four. positions: channels a unit.
     """
-    total = units * positions
-    step = multiple
-    while step > 1 and total <= 4 * step:
+    total, step = units * positions, multiple
+    if step > 1 and total <= 4 * step:
+        step //= 2
+    while step > 1 and total < 4 * step:
         step //= 2
     return (units, *(n for n in range(units - 1, 0, -1) if n * positions % step == 0))
 
