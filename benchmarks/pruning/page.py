@@ -23,9 +23,9 @@ HEADER = """# Pruning: edgekit beside onnxsim
 
 Both sides got the same float model and the same {samples} samples without labels. edgekit fits layers on some of
 them, chooses channels by others and judges by the rest, as `edgekit convert --prune` does. onnxsim prunes at the
-sparsity that leaves fewest multiply-accumulates and not fewer than edgekit leaves; its rows are the best of its
-settings, picked on the test samples, among those that reach {reaches:.2f} times edgekit's. Every file was judged by the
-same code (`judge.py`) on test samples that neither saw, 2000 where there are so many.
+sparsity that leaves fewest multiply-accumulates and not fewer than edgekit's share, rounded up to half a percent; its
+rows are the best of its settings, picked on the test samples, among those that reach {reaches:.2f} times edgekit's.
+Every file was judged by the same code (`judge.py`) on test samples that neither saw, 2000 where there are so many.
 
 - **finetuned**: onnxsim's fit in closed form, with its ridge. **trained**: its training of the products' weights by the
   float model, 1000 steps. **distilled**: edgekit's training by the float model.

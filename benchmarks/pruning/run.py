@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 
 import click
 import numpy as np
+import onnx_ir as ir
 import page
 from cases import BUDGETS, DATA, DISTILL, EDGEKIT, INT8, PEER, Job, jobs
 
@@ -28,8 +30,14 @@ from environments import InstallError, python_of  # noqa: E402
 from models import Case  # noqa: E402
 from process import run  # noqa: E402
 
+from edgekit import model as M  # noqa: E402
+from edgekit import pipeline  # noqa: E402
+from edgekit.inspection import inspect  # noqa: E402
+from edgekit.passes.fold import Fold  # noqa: E402
+
 TOOLS = {EDGEKIT: "edgekit_prune.py", PEER: "onnxsim_prune.py"}
 JUDGE_S = 1800.0  # CPU seconds that judging all files of a job may take
+SHARE_STEP = 0.005  # what onnxsim must leave is rounded up to this share, so that little changes do not do it again
 SCHEMA = 1  # 1: first
 
 
@@ -38,10 +46,6 @@ def complete(case: Case, samples: int) -> None:
 
     labelled.npz: the samples with labels, where there are any. all.npz: all that there are, without.
     """
-    from edgekit import model as M
-    from edgekit import pipeline
-    from edgekit.passes.fold import Fold
-
     M.save(Fold()(pipeline.load(case.model).model, None), case.folder / "float.onnx")
     arrays = dict(np.load(case.folder / "validation.npz"))
     np.savez(case.folder / "labelled.npz", allow_pickle=False, **{k: v[:samples] for k, v in arrays.items()})
@@ -62,14 +66,9 @@ def order(job: Job, case: Case, work: Path, distill_s: float) -> dict[str, Any]:
     if job.tool == EDGEKIT:
         return {**told, "share": job.share}
     own = _kept(work, Job(job.model, job.kind, job.budget, EDGEKIT))
-    if own is None or own["error"]:
-        import onnx_ir as ir
-
-        from edgekit.inspection import inspect
-
-        whole = inspect(ir.load(case.folder / "float.onnx"), backends_too=False)["macs"]
-        return {**told, "macs": int(job.share * whole)}
-    return {**told, "macs": own["files"][0]["macs"]}
+    share = job.share if own is None or own["error"] else own["files"][0]["macs"] / own["files"][0]["float_macs"]
+    whole = inspect(ir.load(case.folder / "float.onnx"), backends_too=False)["macs"]
+    return {**told, "macs": int(math.ceil(share / SHARE_STEP) * SHARE_STEP * whole)}
 
 
 def files_of(work: Path, job: Job) -> Path:
