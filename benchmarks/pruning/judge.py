@@ -10,6 +10,7 @@ import json
 import sys
 import zlib
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,12 @@ from edgekit.inspection import inspect
 
 sys.path.append(str(Path(__file__).parents[1] / "peers"))
 from evaluate import LABELS, judged, reference
-from runners import Array, open_file
+from runners import Array, Run, open_file
 
 BATCH = 100
 
 
-def outputs(path: Path, test: dict[str, Array], logits: bool) -> list[Array]:
-    run = open_file(path, portable=True, logits=logits).run
+def outputs(run: Run, test: dict[str, Array]) -> list[Array]:
     names = [name for name in test if name != LABELS]
     count = len(test[names[0]])
     rows = [run({name: test[name][i : i + BATCH] for name in names}) for i in range(0, count, BATCH)]
@@ -47,10 +47,17 @@ def costs(path: Path) -> dict[str, Any]:
     return {"macs": told["macs"], "parameters": told["parameters"], "zeros": zeros, "deflated_bytes": deflated}
 
 
+@cache
+def whole_costs(folder: Path) -> dict[str, Any]:
+    return costs(folder / "float.onnx")
+
+
 def judge(folder: Path, path: Path, test: dict[str, Array], truth: dict[str, list[Array]]) -> dict[str, Any]:
     task = json.loads((folder / "about.json").read_text(encoding="utf-8"))["task"]
-    got, logits = outputs(path, test, False), outputs(path, test, True)
-    whole, labels = costs(folder / "float.onnx"), test.get(LABELS)
+    got = outputs(open_file(path, portable=True).run, test)
+    cut = open_file(path, portable=True, logits=True)
+    logits = outputs(cut.run, test) if cut.ends_in_softmax else got
+    whole, labels = whole_costs(folder), test.get(LABELS)
     return {
         **asdict(judged(task, got, logits, labels, truth)),
         **costs(path),
