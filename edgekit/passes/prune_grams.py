@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 # Rows per dataset that a layer's moments are taken from: positions of images, each image its own.
 ROWS = 65536
-GRAM_BYTES = 256 * 2**20  # held at once; ResNet50 then takes 2 GB in all
+GRAM_BYTES = 256 * 2**20  # held at once; as much again is worked on
 # Layers with more features are looked at by channel, their taps as so many rows: a 3x3 convolution of 256 channels.
 MOST_FEATURES = 2304
 BATCH = 32
