@@ -162,3 +162,64 @@ class WorkerError(EdgekitError):
     """A measuring process died, hung or reported a failure of its runtime."""
 
     exit_code = 60
+
+
+# --- devices ---------------------------------------------------------------------------------------
+class HostError(EdgekitError):
+    """A host that cannot be reached, or whose connection broke."""
+
+    exit_code = 70
+
+
+class HostKeyError(EdgekitError):
+    """A host whose key is not known, or is another than it was."""
+
+    exit_code = 71
+
+
+class LoginError(EdgekitError):
+    """A host that does not let us in."""
+
+    exit_code = 72
+
+
+class DeviceError(EdgekitError):
+    """A device that cannot take the artifact: its architecture, Python, C library, memory or clock."""
+
+    exit_code = 73
+
+
+class DeviceDiskError(EdgekitError):
+    """A device whose disk is full or whose folder cannot be written."""
+
+    exit_code = 74
+
+
+class WheelError(EdgekitError):
+    """No wheel of a runtime for the device's Python and architecture, or none that could be fetched."""
+
+    exit_code = 75
+
+
+class BusyDeviceError(EdgekitError):
+    """A device that something else is being installed on."""
+
+    exit_code = 76
+
+
+class SelfTestError(EdgekitError):
+    """A device on which the artifact answers differently."""
+
+    exit_code = 77
+
+
+class BundleError(EdgekitError):
+    """A bundle that is damaged, was altered, or is for something else."""
+
+    exit_code = 78
+
+
+class SignatureError(EdgekitError):
+    """A bundle that is not signed by somebody who is trusted, or a key that cannot sign."""
+
+    exit_code = 79
