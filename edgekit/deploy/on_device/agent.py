@@ -4,7 +4,6 @@ Standard library only, Python 3.9. It comes through ssh and leaves nothing but w
 sends it), or is run by hand in an unpacked bundle:
 
     python3 agent.py prepare BUNDLE      make the environment of an unpacked bundle inside it, and test it
-    python3 agent.py selftest BUNDLE     run the golden inputs; with the Python of the environment
 
 A request is a line of JSON with "cmd"; replies are lines of JSON: {"progress": [stage, done, total]}, and one with "ok"
 at the end.
@@ -764,7 +763,7 @@ def _test(folder: str, progress: Progress) -> bool:
 
 def run_self_test(python: str, folder: str, candidate: str) -> str | None:
     """None where the artifact answers as it did when the bundle was made, else how it differs."""
-    command = [python, os.path.join(folder, "agent.py"), "selftest", folder, candidate]
+    command = [python, os.path.join(folder, "selftest.py"), folder, candidate]
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True,
@@ -779,57 +778,6 @@ def run_self_test(python: str, folder: str, candidate: str) -> str | None:
     said = [line.strip() for line in done.stderr.decode(errors="replace").splitlines() if line.strip()] or [""]
     how = f"signal {-done.returncode}" if done.returncode < 0 else f"status {done.returncode}"
     return f"the self-test ended with {how}: {said[-1][:300]}"
-
-
-def self_test(folder: str, candidate: str) -> str | None:
-    """In the environment's Python: the artifact's answers to the golden inputs against those that came along."""
-    import importlib.util
-
-    import numpy as np
-
-    entry = check_manifest(os.path.join(folder, MANIFEST))["candidates"][candidate]
-    spec = importlib.util.spec_from_file_location("edgekit_runner", os.path.join(folder, entry["runner"]))
-    if spec is None or spec.loader is None:
-        return f"no runner {entry['runner']}"
-    runner = importlib.util.module_from_spec(spec)
-    sys.modules["edgekit_runner"] = runner
-    spec.loader.exec_module(runner)
-    with np.load(os.path.join(folder, entry["golden"]), allow_pickle=False) as stored:
-        golden = {name: stored[name] for name in stored.files}
-    inputs = {name[3:]: value for name, value in golden.items() if name.startswith("in.")}
-    wanted = {name[4:]: value for name, value in golden.items() if name.startswith("out.")}
-    batch = len(next(iter(inputs.values())))
-    got = runner.open_session(os.path.join(folder, entry["folder"]), 1, batch, False).run(inputs)
-    return difference(wanted, got, entry["tolerance"])
-
-
-def difference(wanted: dict[str, Any], got: dict[str, Any], tolerance: dict[str, Any]) -> str | None:
-    """How the outputs differ beyond the tolerance, or None.
-
-    tolerance: {"kind": "exact"}; "relative" with "value", of the largest magnitude of each output; "lsb" with "value"
-    and the "scale" of each output.
-    """
-    import numpy as np
-
-    for name, want in wanted.items():
-        if name not in got:
-            return f"output '{name}' is missing"
-        have = np.asarray(got[name])
-        if have.shape != want.shape:
-            return f"output '{name}' has shape {list(have.shape)}, not {list(want.shape)}"
-        if tolerance["kind"] == "exact" or want.dtype.kind not in "f":
-            unequal = ~((have == want) | ((have != have) & (want != want)))
-            if unequal.any():
-                return f"output '{name}' differs in {int(unequal.sum())} of {want.size} values"
-            continue
-        apart = float(np.max(np.abs(have.astype(np.float64) - want))) if want.size else 0.0
-        if tolerance["kind"] == "lsb":
-            bound = float(tolerance["value"]) * float(tolerance["scale"][name])
-        else:
-            bound = float(tolerance["value"]) * max(float(np.max(np.abs(want), initial=0.0)), 1e-30)
-        if not apart <= bound * (1 + 1e-6):
-            return f"output '{name}' differs by {apart:.3g}, more than {bound:.3g}"
-    return None
 
 
 # --- by hand ---------------------------------------------------------------------------------------
@@ -857,10 +805,6 @@ def prepare(folder: str) -> None:
 
 
 def main(words: list[str]) -> int:
-    if len(words) == 3 and words[0] == "selftest":
-        print(json.dumps({"difference": self_test(words[1], words[2])}))
-        sys.stdout.flush()
-        os._exit(0)  # runtimes' thread pools sometimes hang while the interpreter is torn down
     if len(words) == 2 and words[0] == "prepare":
         try:
             prepare(words[1])
@@ -868,7 +812,7 @@ def main(words: list[str]) -> int:
             sys.stderr.write(f"error: {' - '.join(filter(None, (error.error, error.remedy)))}\n")
             return 1
         return 0
-    sys.stderr.write("usage: agent.py prepare BUNDLE | agent.py selftest BUNDLE CANDIDATE\n")
+    sys.stderr.write("usage: agent.py prepare BUNDLE\n")
     return 2
 
 
