@@ -34,19 +34,20 @@ def open_data(
     return open_dataset(data, preprocessing=preprocessing, label_column=label_column, labels=labels)
 
 
-def thread_counts(given: Sequence[str | int]) -> tuple[int | Any, ...]:
-    """Counts as asked for, none above what this machine has: more threads than cores measure the scheduler."""
+def thread_counts(given: Sequence[str | int], *, here: bool = True) -> tuple[int | Any, ...]:
+    """Counts as asked for; `here` none above what this machine has: more threads than cores measure the scheduler."""
     import os
 
     out: list[int | str] = []
-    most = os.cpu_count() or 1
+    most = (os.cpu_count() or 1) if here else None
+    upto = "from 1" if most is None else f"from 1 to {most} (the cores here)"
     for value in given:
         if value == "all":
             out.append("all")
-        elif str(value).isdecimal() and 1 <= int(value) <= most:
+        elif str(value).isdecimal() and int(value) >= 1 and (most is None or int(value) <= most):
             out.append(int(value))
         else:
-            raise UsageError(f"--threads {value}", f'give a number from 1 to {most} (the cores here) or "all"')
+            raise UsageError(f"--threads {value}", f'give a number {upto} or "all"')
     return tuple(out)
 
 

@@ -302,9 +302,9 @@ class Conversion:
         manifest = _current(final, identity)
         if manifest is None:
             with artifact.staged(self.root, final) as folder:
-                self.progress(f"{target.name}: lower {spec.id}", 0, 0)
+                self.progress(f"lower {target.name}/{spec.id}", 0, 0)
                 notes = backend.lower(model, spec.precision, folder, self._about)
-                self.progress(f"{target.name}: verify {spec.id}", 0, 0)
+                self.progress(f"verify {target.name}/{spec.id}", 0, 0)
                 parity = self._verify(backend, folder, model, spec, exact_device=target.weight_bits == 8)
                 notes += [
                     *verify.notes(backend.NAME, parity),

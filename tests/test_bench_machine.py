@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def test_arm_features(files: dict[str, str], monkeypatch: pytest.MonkeyPatch) ->
     files["/proc/device-tree/model"] = "Raspberry Pi 5 Model B Rev 1.0\0"
     known = machine.facts()
     assert known["isa"] == ["neon", "asimdhp", "asimddp"]
-    assert known["cpu"] == "Raspberry Pi 5 Model B Rev 1.0"
+    assert known["cpu"] == known["board"] == "Raspberry Pi 5 Model B Rev 1.0"
     assert known["emulated"] is None
 
 
@@ -141,6 +142,54 @@ def test_a_raspberry_pi_tells_of_throttling(
     found = machine._throttle()
     assert found is not None
     assert (found["now"], found["ever"]) == (now, ever)
+
+
+@pytest.mark.parametrize("text", ["50005\n", "0x50005\n"])
+def test_the_kernel_tells_where_the_firmwares_tool_is_missing(
+    files: dict[str, str], monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr(machine, "_command", lambda words: None)
+    files["/sys/devices/platform/scb/soc:firmware/get_throttled"] = text
+    found = machine._throttle()
+    assert found is not None
+    assert (found["raw"], found["now"]) == ("0x50005", ["under-voltage", "throttled"])
+
+
+def test_what_was_seen_before_cannot_be_seen_again() -> None:
+    known = {"cores_allowed": 4, "emulated": None}
+    before = {"throttle": {"now": ["throttled"], "ever": ["throttled", "under-voltage"]}}
+    texts = machine.warnings_before(known, before)
+    assert texts[0] == "throttled before the start"
+    assert "once: under-voltage;" in texts[1]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "began"),
+    [
+        ("0x0", "0x0", []),
+        ("0x50000", "0x50000", []),
+        ("0x0", "0x10000", ["under-voltage"]),
+        ("0x0", "0x1", ["under-voltage"]),
+        ("0x10000", "0x10001", ["under-voltage"]),
+        ("0x10001", "0x10001", []),
+        ("0x50000", "0xd0008", ["soft temperature limit"]),
+        ("0x0", "0x60006", ["frequency capped", "throttled"]),
+    ],
+)
+def test_throttling_that_begins(monkeypatch: pytest.MonkeyPatch, before: str, after: str, began: list[str]) -> None:
+    words = iter([before, after])
+    monkeypatch.setattr(machine, "_command", lambda command: f"throttled={next(words)}")
+    one, two = ({"throttle": machine._throttle()} for _ in range(2))
+    assert machine.newly_throttled(one, two) == began
+
+
+def test_as_a_script_it_needs_nothing_but_itself(tmp_path: Path) -> None:
+    alone = tmp_path / "machine.py"
+    alone.write_bytes(Path(machine.__file__).read_bytes())
+    done = subprocess.run([sys.executable, "-I", "-S", str(alone)], capture_output=True, timeout=60, check=True)
+    told = json.loads(done.stdout)
+    assert told["facts"]["cores_usable"] == machine.physical_cores()
+    assert set(told["state"]) == set(machine.state())
 
 
 def test_warnings_before() -> None:

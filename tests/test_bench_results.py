@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     append(path, [])
     append(path, [ONE])
     assert read(path) == [ONE] * 3
-    assert all(json.loads(line)["schema"] == 3 for line in path.read_text().splitlines())
+    assert all(json.loads(line)["schema"] == 4 for line in path.read_text().splitlines())
 
 
 def test_no_file_is_no_measurements(tmp_path: Path) -> None:
@@ -66,7 +67,7 @@ def test_damage_elsewhere_is_named(tmp_path: Path) -> None:
         read(path)
 
 
-@pytest.mark.parametrize("line", ['{"schema": 4}', "[]", "3", "{}", '{"schema": 1}', '{"schema": 1, "samples": 3}'])
+@pytest.mark.parametrize("line", ['{"schema": 5}', "[]", "3", "{}", '{"schema": 1}', '{"schema": 1, "samples": 3}'])
 def test_an_unknown_schema_or_shape_is_an_error(tmp_path: Path, line: str) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text(line + "\n")
@@ -120,6 +121,23 @@ def test_writers_at_the_same_time_do_not_mix_lines(tmp_path: Path) -> None:
     for w in writers:
         w.join()
     assert read(path) == [ONE] * 60
+
+
+@pytest.mark.parametrize("schema", [1, 2, 3])
+def test_files_from_before_hosts_were_told_apart_are_of_this_machine(tmp_path: Path, schema: int) -> None:
+    line = {**ONE.to_json(), "schema": schema}
+    for name in {1: ("host", "variant", "pruning", "label"), 2: ("host", "variant", "pruning"), 3: ("host",)}[schema]:
+        del line[name]
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    append(path, [replace(ONE, host="pi@one")])
+    assert read(path) == [ONE, replace(ONE, host="pi@one")]
+
+
+def test_the_latest_run_of_each_target_on_each_host() -> None:
+    here, there = replace(ONE, run="r0"), replace(ONE, run="r1", host="pi@one")
+    again, other = replace(ONE, run="r2"), replace(ONE, run="r0", target="openvino", host="pi@one")
+    assert latest([here, there, other, again, again]) == [there, other, again, again]
 
 
 def test_the_latest_run_of_each_target(tmp_path: Path) -> None:

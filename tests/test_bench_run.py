@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from edgekit.bench import machine, results
+from edgekit.bench import client, machine, results
 from edgekit.bench import run as bench
 from edgekit.bench.document import document
 from edgekit.bench.entry import Entry
@@ -255,7 +255,7 @@ def test_a_profile_that_fails_leaves_its_reason(entries: list[Entry], monkeypatc
     def refuse(self: Any) -> Any:
         raise WorkerError("the runtime has no profiler", "update it")
 
-    monkeypatch.setattr(bench.Worker, "layers", refuse)
+    monkeypatch.setattr(client.Worker, "layers", refuse)
     (row,) = run_bench(entries[:1], None, threads=(1,), pace=PACE, profile=True)["artifacts"]
     assert row["valid"]
     assert row["layers"] is None
@@ -301,7 +301,7 @@ def test_nothing_to_measure() -> None:
 
 def test_an_interrupt_leaves_no_worker_and_no_line(entries: list[Entry], tmp_path: Path) -> None:
     pids: list[int] = []
-    real = bench.Worker.__enter__
+    real = client.Worker.__enter__
 
     def entered(self: Any) -> Any:
         worker = real(self)
@@ -314,7 +314,7 @@ def test_an_interrupt_leaves_no_worker_and_no_line(entries: list[Entry], tmp_pat
 
     path = tmp_path / "results.jsonl"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench.Worker, "__enter__", entered)
+        patch.setattr(client.Worker, "__enter__", entered)
         with pytest.raises(KeyboardInterrupt):
             run_bench(entries, None, threads=(1,), pace=PACE, results_path=path, progress=interrupt)
     assert len(pids) == 2

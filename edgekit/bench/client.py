@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -51,17 +51,25 @@ def thread_environment(threads: int) -> dict[str, str]:
 class Worker:
     """A worker process; use as a context manager. One request at a time, from one thread.
 
-    command: the worker's command line, here or through ssh. label: what errors call it.
+    command: the worker's command line, here or through ssh. label: what errors call it. ended(status, last line it
+    wrote) says how it ended where that is not the worker's doing, else None.
     Every method raises WorkerError when the worker reports a failure, dies, or is silent for `timeout_s`.
     """
 
     def __init__(
-        self, command: Sequence[str], label: str, *, env: Mapping[str, str] | None = None, timeout_s: float = 600.0
+        self,
+        command: Sequence[str],
+        label: str,
+        *,
+        env: Mapping[str, str] | None = None,
+        timeout_s: float = 600.0,
+        ended: Callable[[int | None, str], str | None] = lambda status, said: None,
     ) -> None:
         self.label = label
         self._command = list(command)
         self._env = None if env is None else dict(env)
         self._timeout_s = timeout_s
+        self._ended = ended
         self._process: subprocess.Popen[bytes] | None = None
         self._replies: queue.SimpleQueue[tuple[dict[str, Any], Tensors] | BaseException | None] = queue.SimpleQueue()
 
@@ -163,6 +171,9 @@ class Worker:
                 code = process.wait(timeout=_EXIT_GRACE_S)
         last = self._last_line()
         self._close(gently=False)
+        foreign = self._ended(code, last)
+        if foreign is not None:
+            return WorkerError(f"{self.label}: {foreign}", "run it again")
         how = f"signal {-code}" if code is not None and code < 0 else f"status {code}"
         said = f": {last}" if last else ""
         return WorkerError(f"{self.label}: the worker died in '{command}' with {how}{said}", "run `edgekit doctor`")

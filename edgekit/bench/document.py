@@ -5,7 +5,7 @@ Pure: the same measurements always give the same document, so a report needs no 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from edgekit.bench.results import Measurement
 from edgekit.bench.statistics import Rounds, Summary, ratio_of_medians, summarize
 from edgekit.target import candidate_id
 
-DOCUMENT_SCHEMA = 1  # 1: first
+DOCUMENT_SCHEMA = 1  # 1: first; host, machines, failed and the verdict's target and host came without a new number
 
 Row = dict[str, Any]
 _PARITY = (
@@ -31,8 +31,9 @@ _LATENCY_KEYS = ("p50", "p90", "p99", "mean", "ratio_to_float", "ratio_ci95")
 
 
 def document(measurements: Sequence[Measurement], max_accuracy_drop: float | None = None) -> dict[str, Any]:
-    """The bench document, schema 1; DESIGN "Measuring". Absent figures are None and their row's `reasons` say why.
+    """The bench document, schema 1; docs/reference.md, "The bench document". measurements: of one run on one machine.
 
+    Absent figures are None and their row's `reasons` say why.
     max_accuracy_drop: judge by this budget instead of the one that was measured with.
     With a reference in the settings, both are to it.
     label: what a file is called that was measured for comparison and is no part of the build, else None.
@@ -42,6 +43,7 @@ def document(measurements: Sequence[Measurement], max_accuracy_drop: float | Non
     rows = [row for target in _targets(measurements) for row in _target_rows(target, measurements)]
     machine = measurements[-1].machine if measurements else {}
     facts = machine.get("facts", {})
+    host = (measurements[-1].host if measurements else "") or None
     settings = dict(measurements[-1].settings) if measurements else {}
     drop = settings.get("max_accuracy_drop", _DROP) if max_accuracy_drop is None else max_accuracy_drop
     warnings = settings.pop("warnings", [])
@@ -54,13 +56,45 @@ def document(measurements: Sequence[Measurement], max_accuracy_drop: float | Non
         "warnings": list(warnings),
         "dataset": dataset,
         "preprocessing": (dataset or {}).get("preprocessing"),
-        "machine": {**facts, **{k: machine.get(k) for k in ("before", "after", "warnings")}},
+        "machine": {"host": host, **facts, **{k: machine.get(k) for k in ("before", "after", "warnings")}},
         "artifacts": rows,
         "verdict": {
-            target: verdict.decide([r for r in rows if r["target"] == target], drop)
+            verdict.key(target, host): {
+                **verdict.decide([r for r in rows if r["target"] == target], drop),
+                "target": target,
+                "host": host,
+            }
             for target in _targets(measurements)
         },
     }
+
+
+def merged(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One document of several: targets that were measured after each other, machines that measured at the same time.
+
+    `machine` is this machine's where it measured, else the first host's; where several did, `machines` holds all, by
+    host ("" for this one).
+    """
+    machines: dict[str, dict[str, Any]] = {}
+    for document in documents:
+        own = document["machine"]
+        known = machines.setdefault(own.get("host") or "", {**own, "warnings": []})
+        machines[own.get("host") or ""] = {
+            **own,
+            "before": known.get("before"),
+            "warnings": list(dict.fromkeys([*known["warnings"], *(own.get("warnings") or ())])),
+        }
+    hosts = sorted(machines)
+    out = dict(documents[-1])
+    out["machine"] = machines[hosts[0]]
+    if len(hosts) > 1:
+        out["machines"] = {host: machines[host] for host in hosts}
+    out["warnings"] = list(dict.fromkeys(w for d in documents for w in d["warnings"]))
+    rows = [row for d in documents for row in d["artifacts"]]
+    order = list(dict.fromkeys(row["target"] for row in rows))
+    out["artifacts"] = sorted(rows, key=lambda row: (order.index(row["target"]), row["host"] or ""))
+    out["verdict"] = {name: v for d in documents for name, v in d["verdict"].items()}
+    return out
 
 
 def _targets(measurements: Sequence[Measurement]) -> list[str]:
@@ -73,7 +107,7 @@ def _target_rows(target: str, measurements: Sequence[Measurement]) -> list[Row]:
     layers = {_candidate(m): m for m in own if m.metric == "layers"}
     timed = [m for m in own if m.metric == "latency"]
     rounds = [[np.array(r, np.float64) for r in m.samples if r] for m in timed]
-    summaries = [summarize(r) if r else None for r in rounds]
+    summaries = [summarize(r) if r and m.valid else None for r, m in zip(rounds, timed, strict=True)]
     rows = []
     for index, measured in enumerate(timed):
         row = _row(measured, quality.get(_candidate(measured)), layers.get(_candidate(measured)))
@@ -94,11 +128,13 @@ def _row(measured: Measurement, quality: Measurement | None, layers: Measurement
     reasons += [*measured.reasons, *(quality.reasons if quality is not None else (_unjudged(measured),))]
     reasons += layers.reasons if layers is not None else ()
     figures = measured.figures
+    seconds = figures if measured.valid else {}
     parity = measured.parity
     if parity is None and not measured.label:
         reasons.append("parity: not recorded in the manifest")
     return {
         "target": measured.target,
+        "host": measured.host or None,
         "backend": measured.backend,
         "precision": measured.precision,
         "variant": measured.variant or None,
@@ -111,16 +147,16 @@ def _row(measured: Measurement, quality: Measurement | None, layers: Measurement
         "reasons": list(dict.fromkeys(reasons)),
         "notes": list(measured.notes),
         "latency_s": None,
-        "load_s": figures.get("load_s"),
-        "import_s": figures.get("import_s"),
-        "first_inference_s": figures.get("first_inference_s"),
+        "load_s": seconds.get("load_s"),
+        "import_s": seconds.get("import_s"),
+        "first_inference_s": seconds.get("first_inference_s"),
         "peak_rss_bytes": figures.get("peak_rss_bytes"),
         "runtime_version": figures.get("runtime_version"),
         "threads": measured.threads,
         "batch": measured.batch,
         "quality": None if quality is None else dict(quality.figures),
         "parity": None if parity is None else {key: parity.get(key) for key in _PARITY},
-        "layers": None if layers is None else layers.figures["layers"],
+        "layers": None if layers is None or not layers.valid else layers.figures["layers"],
     }
 
 
@@ -140,7 +176,7 @@ def _latency(
     if own is None:
         if not row["reasons"]:
             row["reasons"].append("latency: not timed")
-        return {**empty, "samples": 0, "throughput_per_s": None}
+        return {**empty, "samples": sum(map(len, rounds[index])), "throughput_per_s": None}
     row["reasons"] += [r for r in own.reasons if r not in row["reasons"]]
     row["notes"] += [n for n in own.notes if n not in row["notes"]]
     floats = [i for i in _comparable(timed) if timed[i].valid and summaries[i] is not None]

@@ -1,4 +1,6 @@
-"""Describes the machine that measures and the state it is in. Standard library only.
+"""Describes the machine that measures and the state it is in. Standard library and Python 3.9 only: it travels.
+
+    python machine.py        prints {"facts": ..., "state": ...}
 
 Every figure that a system does not give is None, and `unknown` says why; nothing here raises.
 """
@@ -6,6 +8,7 @@ Every figure that a system does not give is None, and `unknown` says why; nothin
 from __future__ import annotations
 
 import glob
+import json
 import os
 import platform
 import re
@@ -40,12 +43,18 @@ _ISA = {
 }
 # https://www.raspberrypi.com/documentation/computers/os.html#get_throttled
 _THROTTLE_NOW = {0: "under-voltage", 1: "frequency capped", 2: "throttled", 3: "soft temperature limit"}
+_VCGENCMD = ("vcgencmd", "/opt/vc/bin/vcgencmd")  # the second: before Debian 11
+# the same word as vcgencmd's, from Raspberry Pi's kernels; soc or scb, by the board
+_THROTTLE_FILES = "/sys/devices/platform/*/*firmware/get_throttled"
 _LOAD_PER_CORE = 0.5  # above it other processes take turns with the measured one
 _COMMAND_TIMEOUT_S = 5.0
 
 
 def facts() -> dict[str, Any]:
-    """What does not change while measuring: CPU, instruction sets, cores, memory, system."""
+    """What does not change while measuring: CPU, instruction sets, cores, memory, system.
+
+    board: what the device tree calls it, of single-board computers. cores_usable: `physical_cores`.
+    """
     unknown: dict[str, str] = {}
     model = _cpu_model()
     if model is None:
@@ -57,11 +66,13 @@ def facts() -> dict[str, Any]:
     emulated = emulation()
     return {
         "cpu": model,
+        "board": _board(),
         "arch": platform.machine(),
         "isa": isa,
         "cores_physical": _physical(None),
         "cores_logical": os.cpu_count(),
         "cores_allowed": len(_allowed()),
+        "cores_usable": physical_cores(),
         "cpu_quota": _quota(),
         "memory_bytes": _memory("MemTotal"),
         "os": _os_name(),
@@ -107,16 +118,29 @@ def warnings_before(known: dict[str, Any], before: dict[str, Any]) -> list[str]:
     governor = before.get("governor")
     if governor is not None and governor != "performance":
         found.append(f"the frequency governor is '{governor}', not 'performance'")
-    found += [f"{name} before the start" for name in (before.get("throttle") or {}).get("now", ())]
+    throttle = before.get("throttle") or {}
+    now = throttle.get("now", ())
+    found += [f"{name} before the start" for name in now]
+    earlier = [name for name in throttle.get("ever", ()) if name not in now]
+    if earlier:
+        found.append(
+            f"since the machine started there was once: {', '.join(earlier)}; if it comes back for a moment, that will "
+            "not be seen: restart the machine to be sure"
+        )
     return found
+
+
+def newly_throttled(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Conditions that began between two states, by the throttle bits of a Raspberry Pi: now, or since it started."""
+    old, new = before.get("throttle") or {}, after.get("throttle") or {}
+    names = [n for n in new.get("ever", ()) if n not in old.get("ever", ())]
+    return names + [n for n in new.get("now", ()) if n not in names and n not in old.get("now", ())]
 
 
 def warnings_after(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """What happened to the machine while it measured."""
     old, new = before.get("throttle") or {}, after.get("throttle") or {}
-    names = [n for n in new.get("ever", ()) if n not in old.get("ever", ())]
-    names += [n for n in new.get("now", ()) if n not in names and n not in old.get("now", ())]
-    found = [f"{name} while measuring" for name in names]
+    found = [f"{name} while measuring" for name in newly_throttled(before, after)]
     events = (new.get("events") or 0) - (old.get("events") or 0)
     if events > 0:
         found.append(f"the CPU was throttled {events} times while measuring")
@@ -173,12 +197,16 @@ def _cpu_model() -> str | None:
     found = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
     if found:
         return found.group(1).strip()
-    for path in ("/proc/device-tree/model", "/sys/devices/virtual/dmi/id/product_name"):
-        if text := _read(path).strip("\0\n "):
-            return text
+    named = _board() or _read("/sys/devices/virtual/dmi/id/product_name").strip()
+    if named:
+        return named
     if sys.platform == "darwin":
         return _command(["sysctl", "-n", "machdep.cpu.brand_string"])
     return platform.processor() or None
+
+
+def _board() -> str | None:
+    return _read("/proc/device-tree/model").strip("\0\n ") or None
 
 
 def _cpu_flags() -> frozenset[str] | None:
@@ -280,13 +308,12 @@ def _temperature() -> float | None:
 
 def _throttle() -> dict[str, Any] | None:
     """now, ever: named conditions (Raspberry Pi); events: the count since boot (x86). None when neither is shown."""
-    text = _command(["vcgencmd", "get_throttled"])
-    found = re.fullmatch(r"throttled=(0x[0-9a-fA-F]+)", text or "")
-    if found:
-        bits = int(found.group(1), 16)
+    word = _throttle_word()
+    if word is not None:
+        bits = int(word, 16)
         now = [name for bit, name in _THROTTLE_NOW.items() if bits >> bit & 1]
         ever = [name for bit, name in _THROTTLE_NOW.items() if bits >> (bit + 16) & 1]
-        return {"raw": found.group(1), "now": now, "ever": ever, "events": None}
+        return {"raw": word, "now": now, "ever": ever, "events": None}
     counts = [
         _read(p).strip() for p in glob.glob("/sys/devices/system/cpu/cpu[0-9]*/thermal_throttle/*_throttle_count")
     ]
@@ -295,8 +322,30 @@ def _throttle() -> dict[str, Any] | None:
     return None
 
 
+def _throttle_word() -> str | None:
+    """A Raspberry Pi's throttle bits, "0x50000"; from its firmware's tool, or the kernel where that is not there."""
+    for tool in _VCGENCMD:
+        found = re.fullmatch(r"throttled=(0x[0-9a-fA-F]+)", _command([tool, "get_throttled"]) or "")
+        if found:
+            return found.group(1)
+    for path in sorted(glob.glob(_THROTTLE_FILES)):
+        found = re.fullmatch(r"(?:0x)?([0-9a-fA-F]+)", _read(path).strip())
+        if found:
+            return "0x" + found.group(1)
+    return None
+
+
 def _load() -> float | None:
     try:
         return os.getloadavg()[0]
     except (OSError, AttributeError):  # Windows has none
         return None
+
+
+def main() -> int:
+    print(json.dumps({"facts": facts(), "state": state()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from edgekit.errors import ArtifactError, DiskError
 
-RESULTS_SCHEMA = 3  # 1: first; 2: label; 3: variant
-_READABLE = (1, 2, 3)
+RESULTS_SCHEMA = 4  # 1: first; 2: label; 3: variant; 4: host
+_READABLE = (1, 2, 3, 4)
 RESULTS_FILE = "results.jsonl"
 
 
@@ -21,6 +21,7 @@ RESULTS_FILE = "results.jsonl"
 class Measurement:
     """One metric of one artifact on one machine.
 
+    host: the machine's name, as ssh calls it; "" for the one that edgekit ran on.
     run: the id shared by all measurements of one `bench`. taken: UTC, ISO 8601.
     threads, batch: of a latency or layers measurement, else None.
     valid: False when the artifact must not ship, or the time is no latency; reasons: why, and why figures are missing.
@@ -59,6 +60,7 @@ class Measurement:
     label: str = ""
     variant: str = ""
     pruning: dict[str, float] | None = None
+    host: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": RESULTS_SCHEMA, **asdict(self)}
@@ -129,9 +131,9 @@ def _parse(path: Path, number: int, data: Any) -> Measurement:
 
 
 def latest(measurements: Sequence[Measurement]) -> list[Measurement]:
-    """Those of the newest run of each target: what a report shows."""
-    newest = {m.target: m.run for m in measurements}
-    return [m for m in measurements if newest[m.target] == m.run]
+    """Those of the newest run of each target on each host: what a report shows."""
+    newest = {(m.target, m.host): m.run for m in measurements}
+    return [m for m in measurements if newest[m.target, m.host] == m.run]
 
 
 @contextlib.contextmanager

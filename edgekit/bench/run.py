@@ -1,4 +1,4 @@
-"""Measures candidates: quality first, then latency side by side, and returns the document of what was found."""
+"""Measures candidates on one machine: parity and quality first, then latency side by side; returns the document."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from edgekit.bench import machine, results
-from edgekit.bench.client import Loaded, Worker, local_command, thread_environment
+from edgekit.bench.client import Loaded, Worker
 from edgekit.bench.document import document
 from edgekit.bench.entry import Entry
+from edgekit.bench.host import THIS_MACHINE, BenchHost
 from edgekit.bench.quality import Meter
 from edgekit.bench.results import Measurement
 from edgekit.bench.schedule import FULL, QUICK, Pace, Progress, Series
 from edgekit.bench.schedule import run as take_turns
-from edgekit.errors import ArtifactError, WorkerError
+from edgekit.errors import ArtifactError, UsageError, WorkerError
 from edgekit.model import Signature, Tensors, batch_of, seeded_inputs
 
 if TYPE_CHECKING:
@@ -68,47 +69,55 @@ def run_bench(
     warnings: Sequence[str] = (),
     run_id: str | None = None,
     reference: str | None = None,
+    host: BenchHost = THIS_MACHINE,
+    untimed: str | None = None,
 ) -> dict[str, Any]:
     """Measure every entry and return the bench document (bench.document); append to `results_path` if given.
 
-    threads: thread counts to time with; "all" is every physical core that this process may use.
+    host: the machine that runs the artifacts. untimed: why a time there is no latency of the target: none is measured.
+    threads: thread counts to time with; "all" is every physical core that a process there may use.
     sample_limit: judge quality on that many samples, a seeded choice. batch: samples per timed inference, where the
     model leaves it free. progress(stage, done, total). warnings: what limits the trust in the data, kept with every
     measurement. run_id: of `new_run_id`, where several calls belong to one run. reference: id of the entry that outputs
     and times are compared with, instead of the float32 ones. Raises ArtifactError without entries, LabelError for
-    labels that do not fit; a candidate that fails is a row with `valid` false and its reasons, the others go on.
+    labels that do not fit, UsageError for more threads than the machine has, and what a host that is lost raises. A
+    candidate that fails is a row with `valid` false and its reasons, the others go on.
     """
     if not entries:
         raise ArtifactError("there is nothing to measure", "run `edgekit convert` first")
     report = progress or (lambda stage, done, total: None)
     pace = pace or (QUICK if quick else FULL)
-    counts = _thread_counts(threads)
     run_id = run_id or new_run_id()
+    facts, before = host.facts(), host.state()
+    counts = _thread_counts(threads, facts, host.name)
     settings = {**asdict(pace), "seed": seed, "threads": counts}
     settings |= {"max_accuracy_drop": max_accuracy_drop, "warnings": list(warnings)}
     settings |= {} if reference is None else {"reference": reference}
-    facts, before = machine.facts(), machine.state()
     doubts = machine.warnings_before(facts, before)
+    if facts["emulated"]:
+        untimed = f"{facts['emulated']} emulates this CPU, a time here is no latency"
     found: list[Measurement] = []
     for target in dict.fromkeys(e.target for e in entries):
-        own = [e for e in entries if e.target == target]
+        own = _checked(host, [e for e in entries if e.target == target], report)
         data = None if dataset is None else dataset.bind(own[0].signature)
         if data is not None and sample_limit is not None:
             data = data.take(sample_limit, seed)
-        judged = _judge(own, data, report, reference)
+        judged = _judge(host, own, data, facts["cores_usable"], report, reference)
         usable = [e for e in own if not (e.problems or judged[e.id].problems)]
-        timed = [] if facts["emulated"] else _time(usable, data, counts, batch, pace, seed, report)
-        layers = _profile(usable, data, batch, report) if profile and not facts["emulated"] else {}
-        after = machine.state()
+        timed = [] if untimed else _time(host, usable, data, counts, batch, pace, seed, report)
+        layers = _profile(host, usable, data, batch, report) if profile and not untimed else {}
+        after = host.state()
         state: dict[str, Any] = {"facts": facts, "before": before, "after": after}
         state["warnings"] = doubts + machine.warnings_after(before, after)
-        part = _measurements(own, judged, timed, layers, counts, facts["emulated"])
+        part = [replace(m, host=host.name) for m in _measurements(own, judged, timed, layers, counts, untimed)]
+        part = _distrusted(part, machine.newly_throttled(before, after))
         taken = datetime.now(UTC).isoformat(timespec="seconds")
         name = None if data is None else _describe(data)
         part = [replace(m, run=run_id, taken=taken, machine=state, settings=settings, dataset=name) for m in part]
         if results_path is not None:
             results.append(results_path, part)
         found += part
+        before = after
     return document(found)
 
 
@@ -117,8 +126,29 @@ def new_run_id() -> str:
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
 
 
-def _thread_counts(threads: Sequence[int | Literal["all"]]) -> list[int]:
-    return sorted({machine.physical_cores() if t == "all" else int(t) for t in threads})
+def _thread_counts(threads: Sequence[int | Literal["all"]], facts: dict[str, Any], name: str) -> list[int]:
+    """More threads than cores would measure the scheduler."""
+    most = facts["cores_logical"] or 1
+    for count in threads:
+        if count != "all" and count > most:
+            where = name or "this machine"
+            raise UsageError(f"--threads {count}: {where} has {most} cores", f'give 1 to {most}, or "all"')
+    return sorted({facts["cores_usable"] if t == "all" else int(t) for t in threads})
+
+
+def _checked(host: BenchHost, entries: Sequence[Entry], report: Progress) -> list[Entry]:
+    """The entries, those that answer otherwise there than they did where they were made with that as a problem."""
+    out = []
+    for done, entry in enumerate(entries):
+        why = None
+        if host.name and not entry.problems:
+            report(f"parity {entry.target}", done, len(entries))
+            try:
+                why = host.check(entry)
+            except WorkerError as error:
+                why = error.what
+        out.append(entry if why is None else replace(entry, problems=(*entry.problems, why)))
+    return out
 
 
 def _describe(dataset: Dataset) -> dict[str, Any]:
@@ -133,7 +163,12 @@ def _describe(dataset: Dataset) -> dict[str, Any]:
 
 # --- quality ---------------------------------------------------------------------------------------
 def _judge(
-    entries: Sequence[Entry], data: Dataset | None, report: Progress, reference: str | None
+    host: BenchHost,
+    entries: Sequence[Entry],
+    data: Dataset | None,
+    threads: int,
+    report: Progress,
+    reference: str | None,
 ) -> dict[str, _Judged]:
     """Quality of each entry by id. The first reference that works is what outputs are compared with."""
     if data is None:
@@ -145,7 +180,7 @@ def _judge(
         failed: dict[str, str] = {}
         for entry in order:
             size = batch_of(entry.signature) or QUALITY_BATCH
-            worker = _worker(entry, machine.physical_cores(), size)
+            worker = host.worker(entry, threads, size)
             try:
                 stack.enter_context(worker).load()
                 opened[entry.id] = (entry, worker, Meter())
@@ -230,11 +265,6 @@ def _fill(array: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
     return array if len(array) == size else array[np.arange(size) % len(array)]
 
 
-def _worker(entry: Entry, threads: int, batch: int, profile: bool = False) -> Worker:
-    command = local_command(entry.runner, entry.path, threads, batch, profile)
-    return Worker(command, f"{entry.target}/{entry.id}", env=thread_environment(threads))
-
-
 # --- latency ---------------------------------------------------------------------------------------
 def _inputs(sig: Signature, data: Dataset | None, batch: int) -> Tensors:
     """What is timed: the first samples of the dataset, or seeded values."""
@@ -245,6 +275,7 @@ def _inputs(sig: Signature, data: Dataset | None, batch: int) -> Tensors:
 
 
 def _time(
+    host: BenchHost,
     entries: Sequence[Entry],
     data: Dataset | None,
     counts: Sequence[int],
@@ -265,7 +296,7 @@ def _time(
         ready: list[tuple[Entry, int, Worker, dict[str, Any]]] = []
         for done, (entry, count) in enumerate(cases):
             report(f"load {target}", done, len(cases))
-            worker = _worker(entry, count, size)
+            worker = host.worker(entry, count, size)
             try:
                 loaded = stack.enter_context(worker).load()
                 ready.append((entry, count, worker, _figures(loaded, worker.first(entry.feed(inputs))[0])))
@@ -299,14 +330,16 @@ class _Layers:
     error: str | None = None
 
 
-def _profile(entries: Sequence[Entry], data: Dataset | None, batch: int, report: Progress) -> dict[str, _Layers]:
+def _profile(
+    host: BenchHost, entries: Sequence[Entry], data: Dataset | None, batch: int, report: Progress
+) -> dict[str, _Layers]:
     """Mean seconds per layer and call at one thread, in workers of their own: profiling slows a run down."""
     found: dict[str, _Layers] = {}
     for done, entry in enumerate(entries):
         report(f"profile {entry.target}", done, len(entries))
         size = batch_of(entry.signature) or batch
         try:
-            with _worker(entry, 1, size, profile=True) as worker:
+            with host.worker(entry, 1, size, profile=True) as worker:
                 worker.load()
                 worker.first(entry.feed(_inputs(entry.signature, data, size)))
                 worker.warmup(_PROFILE_RUNS, 0.0, _PROFILE_S)
@@ -325,7 +358,7 @@ def _measurements(
     timed: Sequence[_Timed],
     layers: dict[str, _Layers],
     counts: Sequence[int],
-    emulated: str | None,
+    untimed: str | None,
 ) -> list[Measurement]:
     """All lines of one target, in the order of its candidates."""
     found = []
@@ -350,7 +383,7 @@ def _measurements(
         )
         wrong = (*entry.problems, *quality.problems)
         for count in counts:
-            found.append(_latency_line(plain, count, by_case.get((entry.id, count)), wrong, emulated))
+            found.append(_latency_line(plain, count, by_case.get((entry.id, count)), wrong, untimed))
         if quality.figures:
             verdict = (*quality.problems, *quality.reasons)
             found.append(
@@ -365,12 +398,23 @@ def _measurements(
 
 
 def _latency_line(
-    plain: Measurement, threads: int, timed: _Timed | None, wrong: tuple[str, ...], emulated: str | None
+    plain: Measurement, threads: int, timed: _Timed | None, wrong: tuple[str, ...], untimed: str | None
 ) -> Measurement:
     if timed is None:
-        why = wrong or ((f"latency: {emulated} emulates this CPU, a time here is no latency",) if emulated else ())
+        why = wrong or ((f"latency: {untimed}",) if untimed else ())
         return replace(plain, threads=threads, valid=not wrong, reasons=why)
     if timed.series.error is not None:
         return replace(plain, threads=threads, batch=timed.batch, valid=False, reasons=(timed.series.error,))
     samples = tuple(tuple(int(v) for v in r) for r in timed.series.rounds)
     return replace(plain, threads=threads, batch=timed.batch, samples=samples, figures=timed.figures)
+
+
+def _distrusted(measured: Sequence[Measurement], conditions: Sequence[str]) -> list[Measurement]:
+    """Times taken while the machine began to be throttled: kept, and marked invalid."""
+    if not conditions:
+        return list(measured)
+    why = f"throttled: {', '.join(conditions)} while measuring; the times are kept and not used, measure again"
+    return [
+        replace(m, valid=False, reasons=(f"{m.metric}: {why}", *m.reasons)) if m.samples or m.metric == "layers" else m
+        for m in measured
+    ]

@@ -31,6 +31,11 @@ EQUAL = 1.03  # the bound that the harness itself is held to: benchmarks/harness
 _SMALLER = 0.95  # a size difference below 5 % is no reason to prefer
 
 
+def key(target: str, host: str | None) -> str:
+    """What the verdict on a target is called: the target, and where it was measured if that was not here."""
+    return f"{target} on {host}" if host else target
+
+
 def decide(rows: Sequence[Row], max_accuracy_drop: float) -> dict[str, Any]:
     """rows: the artifacts of one target. Returns {"ship": id or None, "threads": int or None, "why": sentence}.
 
@@ -198,5 +203,9 @@ def _alone(rows: Sequence[Row]) -> str:
 
 
 def _nothing(rows: Sequence[Row]) -> str:
-    causes = [f"{name(r)}: {r['reasons'][0]}" for r in {name(r): r for r in rows}.values() if r["reasons"]]
+    """Each candidate's reason; what holds for all, once."""
+    first = {name(r): r["reasons"][0] for r in rows if r["reasons"]}
+    if len(first) > 1 and len(set(first.values())) == 1:
+        return f"nothing ships: {next(iter(first.values()))}"
+    causes = [f"{candidate}: {why}" for candidate, why in first.items()]
     return "nothing ships: " + ("; ".join(causes) if causes else "no candidate was measured")

@@ -26,19 +26,26 @@ _HEADER_LIMIT = 1 << 24  # bytes of one line; a longer one is not ours
 
 
 class Wire:
-    """One end of the connection: messages are (JSON object, {name: array})."""
+    """One end of the connection: messages are (JSON object, {name: array}).
+
+    What a login shell prints before the first message is passed over.
+    """
 
     def __init__(self, source: BinaryIO, sink: BinaryIO) -> None:
         self._source = source
         self._sink = sink
+        self._begun = False
 
     def receive(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """The next message, or None when the other side has closed."""
         import numpy as np
 
         line = self._source.readline(_HEADER_LIMIT)
+        while line and not self._begun and not line.startswith(b"{"):
+            line = self._source.readline(_HEADER_LIMIT)
         if not line:
             return None
+        self._begun = True
         header: dict[str, Any] = json.loads(line)
         tensors = {}
         for name, dtype_text, shape in header.pop("tensors", ()):

@@ -20,6 +20,8 @@ def render_markdown(document: summary.Document) -> str:
     warnings = summary.warnings(document)
     if warnings:
         parts += ["## Warnings", _bullets(warnings)]
+    if summary.failed(document):
+        parts += ["## Not measured", _bullets(summary.failed(document))]
     parts += ["## Measured on", _bullets(_conditions(document))]
     if document.get("preprocessing"):
         parts += [
@@ -37,8 +39,10 @@ def _target(document: summary.Document, target: str) -> list[str]:
     for line in lines:
         cells = [_cell(getattr(line, name)) for name in headings]
         rows.append([f"**{c}**" for c in cells] if line.ships else cells)
-    parts = [f"## {_cell(target)}", f"**{_cell(summary.verdict(document, target))}**"]
-    parts.append(_table([_cell(h) for h in headings.values()], rows, left=1))
+    verdicts = summary.verdicts(document, target)
+    parts = [f"## {_cell(target if len(verdicts) > 1 else verdicts[0][0])}"]
+    parts += [f"**{_cell(f'{title}: {v}' if len(verdicts) > 1 else v)}**" for title, v in verdicts]
+    parts.append(_table([_cell(h) for h in headings.values()], rows, left=2 if "host" in headings else 1))
     gains = summary.gains(document, target)
     if gains:
         parts += ["### Pruning: claimed and measured", _bullets(gains)]
@@ -46,8 +50,11 @@ def _target(document: summary.Document, target: str) -> list[str]:
     if remarks:
         parts.append(_bullets(remarks))
     parts += _blame(document, target)
+    several = len(verdicts) > 1
     profiled = {
-        summary.candidate(r): r["layers"] for r in document["artifacts"] if r["target"] == target and r["layers"]
+        summary.candidate(r) + (f" on {r.get('host') or summary.HERE}" if several else ""): r["layers"]
+        for r in document["artifacts"]
+        if r["target"] == target and r["layers"]
     }
     for name, layers in profiled.items():
         parts += [f"### Time per layer: {name}", _layers(layers)]
@@ -91,7 +98,7 @@ def _layers(layers: list[Mapping[str, Any]]) -> str:
 
 def _conditions(document: summary.Document) -> list[str]:
     settings = ", ".join(f"{k} {v}" for k, v in (document.get("settings") or {}).items() if v is not None)
-    found = [summary.machine(document), f"test data: {summary.dataset(document)}"]
+    found = [*summary.measured_on(document), f"test data: {summary.dataset(document)}"]
     if document.get("taken"):
         found.append(f"run {document.get('run')}, taken {document['taken']}")
     return [*found, *([f"settings: {settings}"] if settings else [])]

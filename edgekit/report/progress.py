@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 Progress = Callable[[str, float, float], None]
-"""(stage, done, total); total 0 means unknown. Called often; must be cheap."""
+"""(stage, done, total); total 0 means unknown. Called often; must be cheap.
+
+A stage "HOST: what" belongs to one of several that are at work at the same time.
+"""
 
 _PLAIN_EVERY_S = 10.0
 
@@ -63,7 +66,7 @@ def _heeded() -> Iterator[Callable[[], None]]:
 @contextlib.contextmanager
 def _rich_bar() -> Iterator[Progress]:
     from rich.console import Console
-    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
     columns = (
@@ -74,29 +77,30 @@ def _rich_bar() -> Iterator[Progress]:
         TimeRemainingColumn(),
     )
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, int] = {}
+        running: dict[str, tuple[str, TaskID]] = {}  # of each host its stage; "" for who is alone
 
         def show(stage: str, done: float, total: float) -> None:
-            if stage not in tasks:
-                for task in tasks.values():
-                    bar.remove_task(task)  # type: ignore[arg-type]
-                tasks.clear()
-                tasks[stage] = bar.add_task(stage, total=total or None)
-            bar.update(tasks[stage], completed=done, total=total or None)  # type: ignore[arg-type]
+            who, _, what = stage.rpartition(": ")
+            if running.get(who, ("",))[0] != what:
+                for other in [w for w in running if w == who or not (w and who)]:
+                    bar.remove_task(running.pop(other)[1])
+                running[who] = what, bar.add_task(stage, total=total or None)
+            bar.update(running[who][1], completed=done, total=total or None)
 
         yield show
 
 
 def _plain_lines() -> Progress:
-    last_stage, last_time = "", 0.0
+    told: dict[str, tuple[str, float]] = {}  # of each host its stage and when that was told; "" for who is alone
 
     def show(stage: str, done: float, total: float) -> None:
-        nonlocal last_stage, last_time
         now = time.monotonic()
-        if stage == last_stage and now - last_time < _PLAIN_EVERY_S:
+        who, _, what = stage.rpartition(": ")
+        last, when = told.get(who, ("", 0.0))
+        if what == last and now - when < _PLAIN_EVERY_S:
             return
         share = f" {100 * done / total:.0f}%" if total and done else ""
         print(f"{stage}{share}", file=sys.stderr, flush=True)
-        last_stage, last_time = stage, now
+        told[who] = what, now
 
     return show

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edgekit.bench.verdict import is_baseline, name
+from edgekit.bench.verdict import is_baseline, key, name
 from edgekit.errors import ArtifactError
 
 DOCUMENT_SCHEMA = 1
@@ -29,6 +29,7 @@ QUALITY = (
 # Warned of because a user who reads only the table would be misled.
 _SMALL_TEST_SET = 100
 _INFINITE = "sqnr_db is infinite"
+HERE = "this machine"
 # Percentiles that the table does not show, and what its SQNR column says by itself.
 _NOT_SHOWN = ("p90 needs", "p99 needs", _INFINITE)
 
@@ -38,6 +39,7 @@ class Line:
     """One candidate at one thread count; every cell is ready to print. ships: the verdict's choice."""
 
     candidate: str
+    host: str
     threads: str
     p50: str
     ratio: str
@@ -54,6 +56,7 @@ class Line:
 
 HEADINGS: Mapping[str, str] = {
     "candidate": "candidate",
+    "host": "host",
     "threads": "threads",
     "p50": "p50 ms",
     "ratio": "× float32 [95 %]",
@@ -90,27 +93,40 @@ def targets(document: Document) -> list[str]:
     return list(dict.fromkeys(a["target"] for a in document["artifacts"]))
 
 
-def verdict(document: Document, target: str) -> str:
-    """One sentence, first letter upper case."""
-    found = (document.get("verdict") or {}).get(target) or {}
-    why = found.get("why") or (f"ship {found['ship']}" if found.get("ship") else "no verdict was reached")
-    return str(why)[:1].upper() + str(why)[1:]
+def hosts(document: Document, target: str) -> list[str | None]:
+    """Where the target was measured; None for the machine that edgekit ran on."""
+    return list(dict.fromkeys(a.get("host") for a in document["artifacts"] if a["target"] == target))
+
+
+def verdicts(document: Document, target: str) -> list[tuple[str, str]]:
+    """Of each host ("TARGET" or "TARGET on HOST", one sentence, first letter upper case)."""
+    out = []
+    for host in hosts(document, target):
+        title = key(target, host)
+        found = (document.get("verdict") or {}).get(title) or {}
+        why = found.get("why") or (f"ship {found['ship']}" if found.get("ship") else "no verdict was reached")
+        out.append((title, str(why)[:1].upper() + str(why)[1:]))
+    return out
 
 
 def headings(document: Document, target: str) -> dict[str, str]:
-    """Column name -> heading; the quality column is called by the figure it holds."""
+    """Column name -> heading; the quality column is called by the figure it holds; the host's is for several."""
     rows = [a for a in document["artifacts"] if a["target"] == target]
-    return {**HEADINGS, "quality": _quality_figure(rows)[1]}
+    found = {**HEADINGS, "quality": _quality_figure(rows)[1]}
+    return found if len(hosts(document, target)) > 1 else {k: v for k, v in found.items() if k != "host"}
 
 
 def lines(document: Document, target: str) -> list[Line]:
-    """The table of one target, in the document's order."""
+    """The table of one target, in the document's order; every host is judged by its own float32."""
     rows = [a for a in document["artifacts"] if a["target"] == target]
-    key, _, factor, digits = _quality_figure(rows)
-    floats = [r for r in rows if is_baseline(r)]
-    reference: Mapping[str, Any] = next((r for r in floats if not r.get("label")), {})
-    chosen = (document.get("verdict") or {}).get(target) or {}
-    return [_line(row, reference, key, factor, digits, chosen) for row in rows]
+    column, _, factor, digits = _quality_figure(rows)
+    out = []
+    for host in hosts(document, target):
+        own = [r for r in rows if r.get("host") == host]
+        reference: Mapping[str, Any] = next((r for r in own if is_baseline(r) and not r.get("label")), {})
+        chosen = (document.get("verdict") or {}).get(key(target, host)) or {}
+        out += [_line(row, reference, column, factor, digits, chosen) for row in own]
+    return out
 
 
 def _quality_figure(rows: list[Mapping[str, Any]]) -> tuple[str, str, int, int]:
@@ -132,6 +148,7 @@ def _line(
     same_threads = chosen.get("threads") in (None, row.get("threads"))
     return Line(
         candidate=name,
+        host=row.get("host") or HERE,
         threads=_text(row.get("threads")),
         p50=milliseconds(latency.get("p50")),
         ratio=_ratio(latency),
@@ -150,14 +167,14 @@ def _line(
 def gains(document: Document, target: str) -> list[str]:
     """Of each pruned candidate what pruning claims and what was measured, against the same runtime's unpruned one."""
     rows = [r for r in document["artifacts"] if r["target"] == target and not r.get("label")]
+    several = len(hosts(document, target)) > 1
     out = []
     for row in rows:
         claims = row.get("pruning")
         if not claims or row.get("variant") is None:
             continue
-        same = [
-            r for r in rows if not r.get("variant") and (r["backend"], r["threads"]) == (row["backend"], row["threads"])
-        ]
+        alike = ("host", "backend", "threads")
+        same = [r for r in rows if not r.get("variant") and all(r.get(k) == row.get(k) for k in alike)]
         base = next((r for r in same if r["precision"] == row["precision"]), None) or next(iter(same), None)
         if base is None:
             continue
@@ -173,6 +190,7 @@ def gains(document: Document, target: str) -> list[str]:
         )
         measured = ", ".join(f"{own / other:.2f}× {word}" for word, own, other in figures if own and other)
         threads = f" at {row['threads']} threads" if (row["threads"] or 1) > 1 else ""
+        threads += f" on {row.get('host') or HERE}" if several else ""
         out.append(
             f"{candidate(row)}{threads}: claimed {claimed}; measured {measured or 'nothing'} of {candidate(base)}"
         )
@@ -216,15 +234,26 @@ def remarks(document: Document, target: str) -> list[str]:
 
     Reasons for percentiles that the table does not show are left out.
     """
-    told: dict[str, list[str]] = {}
-    rows = [a for a in document["artifacts"] if a["target"] == target]
-    for row in rows:
-        for text in (*row.get("reasons", ()), *row.get("notes", ())):
-            if str(text).startswith(_NOT_SHOWN):
-                continue
-            names = told.setdefault(str(text), [])
-            names.append(_place(row, [r for r in rows if text in (*r.get("reasons", ()), *r.get("notes", ()))], rows))
-    return [f"{', '.join(dict.fromkeys(names))}: {text}" for text, names in told.items()]
+    told: dict[str, dict[str | None, list[str]]] = {}
+    where = hosts(document, target)
+    for host in where:
+        rows = [a for a in document["artifacts"] if a["target"] == target and a.get("host") == host]
+        for row in rows:
+            for text in (*row.get("reasons", ()), *row.get("notes", ())):
+                if str(text).startswith(_NOT_SHOWN):
+                    continue
+                names = told.setdefault(str(text), {}).setdefault(host, [])
+                alike = [r for r in rows if text in (*r.get("reasons", ()), *r.get("notes", ()))]
+                names.append(_place(row, alike, rows))
+    return [f"{_whose(by_host, where)}: {text}" for text, by_host in told.items()]
+
+
+def _whose(by_host: Mapping[str | None, list[str]], where: list[str | None]) -> str:
+    """The candidates, and on which hosts where that is not all of them."""
+    names = {host: ", ".join(dict.fromkeys(found)) for host, found in by_host.items()}
+    if list(names) == where and len(set(names.values())) == 1:
+        return next(iter(names.values()))
+    return "; ".join(f"{found} on {host or HERE}" for host, found in names.items())
 
 
 def _place(row: Mapping[str, Any], alike: list[Mapping[str, Any]], rows: list[Mapping[str, Any]]) -> str:
@@ -238,7 +267,8 @@ def _place(row: Mapping[str, Any], alike: list[Mapping[str, Any]], rows: list[Ma
 def warnings(document: Document) -> list[str]:
     """What limits the trust in the whole document, worst first."""
     found = [str(w) for w in document.get("warnings") or ()]
-    found += [str(w) for w in (document.get("machine") or {}).get("warnings") or ()]
+    for host, record in machines(document):
+        found += [f"{host}: {w}" if host else str(w) for w in record.get("warnings") or ()]
     if (document.get("settings") or {}).get("quick"):
         found.append("quick run: few samples, the intervals are wide")
     dataset = document.get("dataset")
@@ -249,15 +279,31 @@ def warnings(document: Document) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def machine(document: Document) -> str:
-    """One line: CPU, cores, instruction sets, system, and its state before measuring."""
-    facts = known = document.get("machine") or {}
+def machines(document: Document) -> list[tuple[str, Mapping[str, Any]]]:
+    """(host, record) of every machine that measured; "" for the one that edgekit ran on."""
+    only = document.get("machine") or {}
+    several = document.get("machines")
+    return [(only.get("host") or "", only)] if several is None else list(several.items())
+
+
+def measured_on(document: Document) -> list[str]:
+    """A line for each machine: its host, CPU, cores, instruction sets, system, and its state before measuring."""
+    several = len(machines(document)) > 1
+    return [f"{host or HERE}: {_machine(m)}" if host or several else _machine(m) for host, m in machines(document)]
+
+
+def failed(document: Document) -> list[str]:
+    """A line for each host that could not be measured on."""
+    return [f"{row['host']} was not measured: {row['error']}" for row in document.get("failed") or ()]
+
+
+def _machine(known: Mapping[str, Any]) -> str:
     before, after = known.get("before") or {}, known.get("after") or {}
-    parts = [_text(facts.get("cpu")), f"{_text(facts.get('cores_allowed') or facts.get('cores_physical'))} cores"]
-    parts += [" ".join(facts.get("isa") or ()) or "instruction sets unknown", _text(facts.get("os"))]
-    for key, label, unit in (("load_1min", "load", ""), ("governor", "governor", ""), ("temperature_c", "", " °C")):
-        if before.get(key) is not None:
-            was, now = before[key], after.get(key)
+    parts = [_text(known.get("cpu")), f"{_text(known.get('cores_allowed') or known.get('cores_physical'))} cores"]
+    parts += [" ".join(known.get("isa") or ()) or "instruction sets unknown", _text(known.get("os"))]
+    for field, label, unit in (("load_1min", "load", ""), ("governor", "governor", ""), ("temperature_c", "", " °C")):
+        if before.get(field) is not None:
+            was, now = before[field], after.get(field)
             was, now = (round(v, 2) if isinstance(v, float) else v for v in (was, now))
             change = f" → {now}" if now is not None and now != was else ""
             parts.append(f"{label} {was}{change}{unit}".strip())

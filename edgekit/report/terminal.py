@@ -48,12 +48,21 @@ def render_terminal(document: summary.Document, out: Console) -> None:
     """
     summary.check(document)
     for target in summary.targets(document):
-        out.print(f"{target}: {summary.verdict(document, target)}.", style="bold")
+        for title, verdict in summary.verdicts(document, target):
+            out.print(f"{title}: {verdict}.", style="bold")
         out.print(_bench_table(document, target, out))
         _list(out, summary.gains(document, target), "")
         _list(out, summary.remarks(document, target), "dim")
     _list(out, (f"warning: {w}" for w in summary.warnings(document)), "yellow")
-    out.print(f"measured on {summary.machine(document)}; test data: {summary.dataset(document)}", style="dim")
+    _list(out, summary.failed(document), "bold red")
+    _measured_on(document, out)
+
+
+def _measured_on(document: Mapping[str, Any], out: Console) -> None:
+    machines = summary.measured_on(document)
+    for line in machines[:-1]:
+        out.print(f"measured on {line}", style="dim")
+    out.print(f"measured on {machines[-1]}; test data: {summary.dataset(document)}", style="dim")
 
 
 def _bench_table(document: summary.Document, target: str, out: Console) -> Table:
@@ -63,7 +72,7 @@ def _bench_table(document: summary.Document, target: str, out: Console) -> Table
     for name in (*_DISPENSABLE, None):
         table = _table()
         for column, title in headings.items():
-            table.add_column(title, justify="left" if column == "candidate" else "right", no_wrap=True)
+            table.add_column(title, justify="left" if column in ("candidate", "host") else "right", no_wrap=True)
         for line in lines:
             cells = [getattr(line, column) for column in headings]
             cells[0] = ("→ " if line.ships else "  ") + cells[0]
@@ -118,7 +127,7 @@ def print_comparison(document: Mapping[str, Any], out: Console | None = None) ->
     _list(out, comparison.remarks(document), "dim")
     _list(out, (f"warning: {w}" for w in summary.warnings(document)), "yellow")
     _list(out, (f"regression: {text}" for text in document["regressions"]), "bold red")
-    out.print(f"measured on {summary.machine(document)}; test data: {summary.dataset(document)}", style="dim")
+    _measured_on(document, out)
 
 
 def print_inspection(document: Mapping[str, Any], *, layers: bool = False, out: Console | None = None) -> None:

@@ -1,0 +1,59 @@
+"""The machine that measures: this one, or another that runs the same worker."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from edgekit.bench import machine
+from edgekit.bench.client import Worker, local_command, thread_environment
+from edgekit.bench.entry import Entry
+
+
+class BenchHost(Protocol):
+    """Where artifacts run. What cannot be reached any more raises HostError and its kin."""
+
+    @property
+    def name(self) -> str:
+        """As ssh calls it; "" for this machine."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """`bench.machine.facts` of that machine."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """`bench.machine.state` of that machine, now."""
+        ...
+
+    def check(self, entry: Entry) -> str | None:
+        """How the answers there to inputs with known outputs differ; None where they do not, or none are known.
+
+        Raises WorkerError where the artifact does not run there.
+        """
+        ...
+
+    def worker(self, entry: Entry, threads: int, batch: int, profile: bool = False) -> Worker:
+        """A worker for `entry` there, not started yet. batch: 0 keeps the model's own."""
+        ...
+
+
+class LocalHost:
+    """This machine. What was verified here needs no second check."""
+
+    name = ""
+
+    def facts(self) -> dict[str, Any]:
+        return machine.facts()
+
+    def state(self) -> dict[str, Any]:
+        return machine.state()
+
+    def check(self, entry: Entry) -> str | None:
+        return None
+
+    def worker(self, entry: Entry, threads: int, batch: int, profile: bool = False) -> Worker:
+        command = local_command(entry.runner, entry.path, threads, batch, profile)
+        return Worker(command, f"{entry.target}/{entry.id}", env=thread_environment(threads))
+
+
+THIS_MACHINE = LocalHost()
