@@ -409,9 +409,10 @@ def targets(targets_dir: Path | None, as_json: bool) -> None:
             for t in known
         ]
         return _emit({"schema": 1, "targets": rows})
+    width = max(len(t.name) for t in known)
     for t in known:
         names = [c.id + _made_when(c) for c in t.candidates]
-        click.echo(f"{t.name:<14} {t.description}\n{'':<14} " + ", ".join(names))
+        click.echo(f"{t.name:<{width}} {t.description}\n{'':<{width}} " + ", ".join(names))
 
 
 def _made_when(candidate: CandidateSpec) -> str:

@@ -6,8 +6,9 @@ Profiles are looked up by name in, first to last: `--targets DIR`, ~/.config/edg
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,6 +16,8 @@ from typing import Any, Literal, get_args
 from edgekit.errors import TargetFileError, UnknownTargetError
 
 TARGET_SCHEMA = 1  # 1: first
+Arch = Literal["aarch64", "armv7l", "x86_64"]
+_MEMORY = {"MB": 2**20, "GB": 2**30}  # as memory chips are sold
 
 Precision = Literal[
     "float32", "float16", "bfloat16", "int8", "int8-dynamic", "int8-weights", "int4-weights", "int8x16", "fixed"
@@ -55,12 +58,40 @@ def candidate_id(backend: str, precision: str, variant: str = "") -> str:
 
 
 @dataclass(frozen=True)
+class DeviceSpec:
+    """A device that artifacts are taken to, where it is not the machine that converts.
+
+    arch: of its Python. memory_bytes: the most that such a device has; None where there is no telling. cores: of its
+    processor. models: one of these is part of what the device calls itself (/proc/device-tree/model); () for any.
+    runtimes: backend -> "package==version" that its wheels are of, instead of the one that is installed here.
+    system_packages: import name -> versions (">=1.23,<2") that its own Python must have, for want of a wheel.
+    """
+
+    arch: Arch
+    memory_bytes: int | None = None
+    cores: int | None = None
+    models: tuple[str, ...] = ()
+    runtimes: Mapping[str, str] = field(default_factory=dict)
+    system_packages: Mapping[str, str] = field(default_factory=dict)
+
+    def runtime(self, backend: str) -> tuple[str, str] | None:
+        """(package, version) of the runtime there, where the profile names one."""
+        package, _, version = self.runtimes.get(backend, "").partition("==")
+        return (package, version) if version else None
+
+    def is_model(self, told: str | None) -> bool:
+        """Whether a device that calls itself so is one of these; True where it does not say what it is."""
+        return not told or not self.models or any(model in told for model in self.models)
+
+
+@dataclass(frozen=True)
 class Target:
     """A device profile.
 
     threads: thread counts to measure with; "all" is every physical core that the process may use.
     channel_multiple: numbers of channels that its kernels like, for pruning (benchmarks/pruning/channel_multiples.py).
     weight_bits: 7 where u8×s8 kernels saturate, 8 elsewhere; "auto" asks each backend's measured probe on this machine.
+    device: what it is taken to; None: the machine that converts, or one like it.
     """
 
     name: str
@@ -69,10 +100,12 @@ class Target:
     threads: tuple[int | Literal["all"], ...] = (1, "all")
     weight_bits: Literal["auto", 7, 8] = "auto"
     channel_multiple: int = 8
+    device: DeviceSpec | None = None
     path: Path | None = field(default=None, compare=False)
 
 
-_KEYS = {"schema", "name", "description", "threads", "weight_bits", "channel_multiple", "candidates"}
+_KEYS = {"schema", "name", "description", "threads", "weight_bits", "channel_multiple", "candidates", "device"}
+_DEVICE_KEYS = {"arch", "memory", "cores", "models", "runtimes", "system_packages"}
 _CANDIDATE_KEYS = {"backend", "precision", "on_request", "for_models"}
 
 
@@ -145,8 +178,53 @@ def read_target(path: Path) -> Target:
         threads=_threads(path, data.get("threads", [1, "all"])),
         weight_bits=_one_of(path, "weight_bits", data.get("weight_bits", "auto"), ("auto", 7, 8)),
         channel_multiple=_one_of(path, "channel_multiple", data.get("channel_multiple", 8), (1, 2, 4, 8, 16, 32)),
+        device=_device(path, data["device"]) if "device" in data else None,
         path=path,
     )
+
+
+def _device(path: Path, row: Any) -> DeviceSpec:
+    from edgekit.backends import BACKENDS
+
+    if not isinstance(row, dict):
+        raise TargetFileError(f"target file '{path}': device = {row!r}", "give a table [device]")
+    _check_keys(path, row, _DEVICE_KEYS, required={"arch"})
+    models = row.get("models", [])
+    if not isinstance(models, list) or not all(isinstance(m, str) and m for m in models):
+        raise TargetFileError(f"target file '{path}': models = {models!r}", "give a list of texts")
+    runtimes = _texts(path, "runtimes", row.get("runtimes", {}), r"[\w.-]+==[\w.]+", '"package==version"')
+    for backend in runtimes:
+        _one_of(path, "runtimes", backend, tuple(BACKENDS))
+    cores = row.get("cores")
+    if cores is not None and (not isinstance(cores, int) or isinstance(cores, bool) or cores < 1):
+        raise TargetFileError(f"target file '{path}': cores = {cores!r}", "give a number from 1")
+    return DeviceSpec(
+        arch=_one_of(path, "arch", row["arch"], get_args(Arch)),
+        memory_bytes=_memory(path, row["memory"]) if "memory" in row else None,
+        cores=cores,
+        models=tuple(models),
+        runtimes=runtimes,
+        system_packages=_texts(
+            path, "system_packages", row.get("system_packages", {}), r">=[\d.]+(,<[\d.]+)?", '">=1.2" or ">=1.2,<2"'
+        ),
+    )
+
+
+def _memory(path: Path, told: Any) -> int:
+    """Bytes of "512 MB" or "8 GB", of 2^20 and 2^30 bytes."""
+    found = re.fullmatch(r"(\d+) (MB|GB)", told) if isinstance(told, str) else None
+    if found is None or not int(found[1]):
+        raise TargetFileError(f"target file '{path}': memory = {told!r}", 'give it as "512 MB" or "8 GB"')
+    return int(found[1]) * _MEMORY[found[2]]
+
+
+def _texts(path: Path, key: str, table: Any, form: str, example: str) -> dict[str, str]:
+    if not isinstance(table, dict):
+        raise TargetFileError(f"target file '{path}': {key} = {table!r}", f"give a table of {example}")
+    for name, value in table.items():
+        if not isinstance(value, str) or not re.fullmatch(form, value):
+            raise TargetFileError(f"target file '{path}': {key}.{name} = {value!r}", f"give {example}")
+    return dict(table)
 
 
 def _threads(path: Path, rows: Any) -> tuple[int | Literal["all"], ...]:
