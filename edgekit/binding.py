@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from edgekit.errors import DatasetError, LabelError, NonFiniteError, ShapeError
-from edgekit.preprocessing import Preprocessing
+from edgekit import transform
+from edgekit.errors import DatasetError, LabelError, NonFiniteError
+from edgekit.preprocessing import Preprocessing, transforming
 
 if TYPE_CHECKING:
     from edgekit.model import Signature, TensorSpec
@@ -54,89 +55,8 @@ def deliver(bound: InputBinding, raw: Array | list[Array], how: Preprocessing) -
 
     Raises ShapeError when they cannot be (both shapes and a hint in it), NonFiniteError for a value out of its range.
     """
-    spec = bound.spec
-    floats = np.issubdtype(_dtype(spec), np.floating)
-    first = raw[0]
-    spatial = first.ndim == 2 or (first.ndim == 3 and (first.shape[-1] in (1, 3, 4) or first.shape[0] in (1, 3, 4)))
-    if bound.alone and not floats and how.numeric:
-        raise ShapeError(
-            f"model input '{spec.name}' takes {spec.dtype}, so scale, mean and std cannot be applied",
-            "drop --scale, --mean and --std",
-        )
-    if floats and (bound.alone or spatial):
-        x = how.apply(raw) if how.numeric else how.places(raw)
-    elif how.geometric and (bound.alone or spatial):
-        x = how.places(raw)
-    else:
-        x = Preprocessing().places(raw)
-    return _cast(_reshape(x, spec, how), spec)
-
-
-def _reshape(x: Array, spec: TensorSpec, how: Preprocessing) -> Array:
-    have, want = x.shape[1:], spec.shape[1:]
-    if len(have) == len(want) and all(not isinstance(w, int) or w == h for h, w in zip(have, want, strict=True)):
-        return x
-    known = [w for w in want if isinstance(w, int)]
-    if len(known) == len(want) and int(np.prod(known)) == int(np.prod(have)):
-        squeezed = [h for h in have if h != 1] == [w for w in known if w != 1]
-        if len(want) == 1 or len(have) == 1 or squeezed:
-            return x.reshape(len(x), *known)
-    raise ShapeError(
-        f"samples have shape {_show(have)}, model input '{spec.name}' takes {_show(want)}", _hint(have, want, how)
-    )
-
-
-def _hint(have: tuple[int, ...], want: tuple[int | str, ...], how: Preprocessing) -> str:
-    """What a user can do about two shapes that do not fit."""
-    if len(have) == 3 and len(want) == 3:
-        if want[0] == have[2] and want[0] in (1, 3, 4):
-            sizes = "" if want[1:] == have[:2] else f" --resize {want[1]}x{want[2]}"
-            return f"pass --layout NCHW{sizes}"
-        if want[2] == have[0] and want[2] in (1, 3, 4):
-            sizes = "" if want[:2] == have[1:] else f" --resize {want[0]}x{want[1]}"
-            return f"pass --layout NHWC{sizes}"
-        if want[2] == have[2] and want[2] in (1, 3, 4):
-            return f"pass --resize {want[0]}x{want[1]}"
-        if want[0] == have[0] and want[0] in (1, 3, 4):
-            return f"pass --resize {want[1]}x{want[2]}"
-    if len(have) == 1 and len(want) == 1 and isinstance(want[0], int) and have[0] == want[0] + 1:
-        return "if one column is the label, name it with --label-column"
-    if len(have) in (2, 3) and len(want) == 1 and how.resize is None:
-        return f"pass --resize so that {' x '.join(map(str, have))} becomes {want[0]} values"
-    return "give data of the model's shape"
-
-
-def _show(shape: Sequence[int | str]) -> str:
-    return "(n" + "".join(f", {s}" for s in shape) + ")"
-
-
-def _dtype(spec: TensorSpec) -> np.dtype[Any]:
-    try:
-        return np.dtype(spec.dtype)
-    except TypeError as error:
-        raise ShapeError(
-            f"model input '{spec.name}' takes {spec.dtype}, which no data file holds", "give it float32 inputs"
-        ) from error
-
-
-def _cast(x: Array, spec: TensorSpec) -> Array:
-    dtype = _dtype(spec)
-    if x.dtype == dtype:
-        return x
-    if np.issubdtype(dtype, np.floating):
-        with np.errstate(over="ignore"):
-            out = x.astype(dtype)
-        if dtype.itemsize < x.dtype.itemsize and not np.isfinite(out).all():
-            raise NonFiniteError(f"a value of the data is too large for {dtype}", "scale the data with --scale")
-        return out
-    low, high = (0, 1) if dtype == np.bool_ else (np.iinfo(dtype).min, np.iinfo(dtype).max)
-    whole = x.dtype.kind in "biu" or bool((x == np.rint(x)).all())
-    if not whole or x.min() < low or x.max() > high:
-        raise ShapeError(
-            f"model input '{spec.name}' takes {dtype}, the data are {x.dtype} from {x.min():g} to {x.max():g}",
-            "give whole numbers in its range",
-        )
-    return x.astype(dtype)
+    with transforming():
+        return transform.deliver(raw, bound.spec.to_json(), how.to_json(), bound.alone)
 
 
 def output_classes(sig: Signature) -> int | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgekit import transform
 from edgekit.binding import InputBinding, LabelRule, class_labels, deliver, label_rule, match_inputs
 from edgekit.errors import DatasetError, LabelError, NonFiniteError, ShapeError
 from edgekit.preprocessing import Preprocessing, find_file
@@ -397,13 +398,7 @@ def _with_channels(reader: Reader, bound: tuple[InputBinding, ...], how: Preproc
     """Image files decoded to as many channels as the model takes."""
     if not isinstance(reader, ImageReader) or len(bound) != 1:
         return reader
-    want = bound[0].spec.shape[1:]
-    if len(want) == 2:
-        return replace(reader, channels=1)
-    if len(want) != 3:
-        return reader
-    order = (want[0], want[2]) if how.layout == "NCHW" else (want[2], want[0])
-    return replace(reader, channels=next((c for c in order if isinstance(c, int) and c in (1, 3)), None))
+    return replace(reader, channels=transform.channels(bound[0].spec.shape, how.layout))
 
 
 def _check_finite(raw: Array | list[Array], key: str, index: Array) -> None:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from edgekit.errors import DatasetError, MissingExtraError, ShapeError
+from edgekit import transform
+from edgekit.errors import DatasetError, EdgekitError, ImageError, MissingExtraError, NonFiniteError, ShapeError
 
 Array = np.ndarray[Any, Any]
 Method = Literal["bilinear", "nearest", "bicubic"]
@@ -24,7 +26,12 @@ ChannelOrder = Literal["RGB", "BGR"]
 Layout = Literal["NHWC", "NCHW"]
 
 FILE_NAME = "preprocessing.toml"
-_CHANNELS = (1, 3, 4)
+_ERRORS: Mapping[transform.Problem, type[EdgekitError]] = {
+    "shape": ShapeError,
+    "range": NonFiniteError,
+    "image": ImageError,
+    "pillow": MissingExtraError,
+}
 
 
 @dataclass(frozen=True)
@@ -62,67 +69,30 @@ class Preprocessing:
     @property
     def numeric(self) -> bool:
         """True if values change (scale, mean or std), not only their places."""
-        return self.scale is not None or self.mean is not None or self.std is not None
+        return transform.numeric(self.to_json())
 
     @property
     def geometric(self) -> bool:
         """True if something is asked that only images have."""
-        return any(v is not None for v in (self.resize, self.crop, self.layout)) or self.channel_order == "BGR"
+        return transform.geometric(self.to_json())
 
     def apply(self, x: Array | Sequence[Array]) -> Array:
         """x: (n, ...) of any numeric dtype, or a list of n samples of several sizes. Returns float32 (n, ...).
 
         Raises ShapeError when a step does not fit the samples, MissingExtraError when resizing without pillow.
         """
-        return self._layout(self.values(self.places(x, layout=False))).astype(np.float32, copy=False)
+        with transforming():
+            return transform.apply(x, self.to_json())
 
     def places(self, x: Array | Sequence[Array], *, layout: bool = True) -> Array:
         """Resize, crop, channel order and, unless told otherwise, layout; the dtype stays."""
-        samples = [self._spatial(s) for s in x] if self.resize is not None or self.crop is not None else x
-        stacked = _stack(samples)
-        if self.channel_order == "BGR":
-            axis = _channel_axis(stacked.shape[1:])
-            if axis is None or stacked.shape[axis] != 3:
-                raise ShapeError(
-                    f"channel order BGR asked for samples of shape {stacked.shape[1:]}", "drop --channel-order"
-                )
-            stacked = np.flip(stacked, axis)
-        return self._layout(stacked) if layout else stacked
+        with transforming():
+            return transform.places(x, self.to_json(), layout)
 
     def values(self, x: Array) -> Array:
         """Scale, mean and std; float32 (n, ...) of the same shape, or `x` itself when none is asked."""
-        if not self.numeric:
-            return x
-        out = x.astype(np.float32)
-        if self.scale is not None:
-            out *= np.float32(self.scale)
-        if self.mean is not None:
-            out -= _per_channel("mean", self.mean, out.shape)
-        if self.std is not None:
-            out /= _per_channel("std", self.std, out.shape)
-        return out
-
-    def _layout(self, x: Array) -> Array:
-        if self.layout is None or x.ndim == 3:  # (n, h, w): no channels to move
-            return x
-        axis = _channel_axis(x.shape[1:])
-        if axis is None:
-            raise ShapeError(f"layout {self.layout} asked for samples of shape {x.shape[1:]}", "drop --layout")
-        return np.ascontiguousarray(np.moveaxis(x, axis, 1 if self.layout == "NCHW" else -1))
-
-    def _spatial(self, sample: Array) -> Array:
-        axis = None if sample.ndim == 2 else _channel_axis(sample.shape)
-        if sample.ndim != 2 and axis is None:
-            raise ShapeError(
-                f"resize or crop asked for samples of shape {sample.shape}, which are no images",
-                "drop --resize and --crop",
-            )
-        hwc = sample[..., None] if axis is None else np.moveaxis(sample, axis - 1, -1)
-        if self.resize is not None:
-            hwc = _resize(hwc, self.resize, self.method)
-        if self.crop is not None:
-            hwc = _crop(hwc, self.crop)
-        return hwc[..., 0] if axis is None else np.moveaxis(hwc, -1, axis - 1)
+        with transforming():
+            return transform.values(x, self.to_json())
 
     def merge(
         self,
@@ -198,6 +168,18 @@ class Preprocessing:
         return ", ".join(words) or "none"
 
 
+@contextmanager
+def transforming() -> Iterator[None]:
+    """Turn what `transform` refuses into the error of its cause."""
+    try:
+        yield
+    except transform.TransformError as error:
+        remedy = f"pass {error.flags}" if error.flags else error.remedy
+        if error.kind == "pillow":
+            remedy = "pip install 'edgekit[images]'"
+        raise _ERRORS[error.kind](error.what, remedy) from error
+
+
 def find_file(data: Path) -> Path | None:
     """The preprocessing file that belongs to `data`, if any.
 
@@ -207,73 +189,6 @@ def find_file(data: Path) -> Path | None:
     tries = [data / FILE_NAME] if data.is_dir() else []
     tries += [data.with_name(data.name + ".toml"), data.with_suffix(".toml"), data.parent / FILE_NAME]
     return next((p for p in tries if p.is_file()), None)
-
-
-def _channel_axis(sample: tuple[int, ...]) -> int | None:
-    """Axis of the channels in a batch (n, *sample), None if the samples are no images. NHWC wins where both fit."""
-    if len(sample) != 3:
-        return None
-    return 3 if sample[-1] in _CHANNELS else 1 if sample[0] in _CHANNELS else None
-
-
-def _per_channel(name: str, numbers: tuple[float, ...], shape: tuple[int, ...]) -> Array:
-    """The numbers as float32, shaped to broadcast against the channel axis (last axis for other samples)."""
-    values = np.asarray(numbers, np.float32)
-    if len(values) == 1:
-        return values
-    axis = _channel_axis(shape[1:]) or len(shape) - 1
-    if axis < 1 or shape[axis] != len(values):
-        raise ShapeError(
-            f"{name} has {len(values)} numbers, samples have shape {shape[1:]}", "give one number, or one per channel"
-        )
-    return values.reshape([-1 if a == axis else 1 for a in range(len(shape))])
-
-
-def _stack(samples: Array | Sequence[Array]) -> Array:
-    if isinstance(samples, np.ndarray):
-        return samples
-    for i, sample in enumerate(samples):
-        if sample.shape != samples[0].shape:
-            raise ShapeError(
-                f"samples differ in shape: {samples[0].shape} and, {i} further on, {sample.shape}",
-                "pass --resize HxW (with the model's size), or --resize N --crop HxW",
-            )
-    return np.stack(samples)
-
-
-def _resize(x: Array, size: tuple[int, int] | int, method: Method) -> Array:
-    """x: (h, w, c). uint8 stays uint8 (rounded by pillow), anything else becomes float32."""
-    h, w = x.shape[:2]
-    if isinstance(size, int):
-        size = (size, int(size * w / h)) if h <= w else (int(size * h / w), size)
-    if (h, w) == size:
-        return x
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise MissingExtraError("resizing needs pillow", "pip install 'edgekit[images]'") from error
-    filters = {
-        "bilinear": Image.Resampling.BILINEAR,
-        "nearest": Image.Resampling.NEAREST,
-        "bicubic": Image.Resampling.BICUBIC,
-    }
-    dtype = np.uint8 if x.dtype == np.uint8 else np.float32
-    if dtype == np.uint8 and x.shape[2] == 3:
-        whole = Image.fromarray(np.ascontiguousarray(x)).resize((size[1], size[0]), filters[method])
-        return cast(Array, np.asarray(whole))
-    planes = [
-        np.asarray(Image.fromarray(np.ascontiguousarray(x[..., c], dtype)).resize((size[1], size[0]), filters[method]))
-        for c in range(x.shape[2])
-    ]
-    return np.stack(planes, axis=-1)
-
-
-def _crop(x: Array, size: tuple[int, int]) -> Array:
-    h, w = x.shape[:2]
-    if size[0] > h or size[1] > w:
-        raise ShapeError(f"crop {_by(size)} is larger than a sample of {h}x{w}", "resize first, or crop less")
-    top, left = (h - size[0]) // 2, (w - size[1]) // 2
-    return x[top : top + size[0], left : left + size[1]]
 
 
 def _by(size: tuple[int, int]) -> str:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from edgekit.errors import DatasetError, ImageError, MissingExtraError
+from edgekit import transform
+from edgekit.errors import DatasetError
+from edgekit.preprocessing import transforming
 from edgekit.readers import Array, Chunk, groups
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-_GRAY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 @dataclass(frozen=True)
@@ -93,32 +92,8 @@ def open_images(folder: Path, names: tuple[str, ...] | None = None) -> ImageRead
 
 def decode(path: Path, channels: int | None) -> Array:
     """One image as uint8 (h, w, 1 or 3). Raises ImageError naming the file."""
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise MissingExtraError("reading images needs pillow", "pip install 'edgekit[images]'") from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # large photographs and odd metadata are fine; what is not raises
-            with Image.open(path) as opened:
-                image = ImageOps.exif_transpose(opened)
-                gray = channels == 1 or (channels is None and image.mode in _GRAY)
-                return _pixels(image, gray, png=opened.format == "PNG")
-    except (OSError, ValueError, SyntaxError, EOFError, TypeError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(f" {str(path)!r}", "") or type(error).__name__
-        raise ImageError(f"cannot decode image '{path}': {reason}", "replace or remove the file") from error
-
-
-def _pixels(image: Any, gray: bool, png: bool) -> Array:
-    if image.mode.startswith("I;16") or (image.mode == "I" and png):  # pillow's mode for 16-bit PNG has changed
-        high = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)[..., None]
-        return high if gray else np.repeat(high, 3, axis=2)
-    if image.mode in ("I", "F"):
-        raise ValueError(f"32 bits per pixel (mode {image.mode}); save it with 8 or 16")
-    if image.mode in ("P", "PA"):
-        image = image.convert("RGBA")
-    pixels = np.asarray(image.convert("L" if gray else "RGB"))
-    return pixels[..., None] if gray else pixels
+    with transforming():
+        return transform.decode(str(path), channels)
 
 
 def _is_image(path: Path) -> bool:

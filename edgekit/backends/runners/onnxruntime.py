@@ -49,7 +49,7 @@ class Session:
 
     def run(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         values = self._session.run(self.outputs, {n: inputs[n] for n in self.inputs})
-        return dict(zip(self.outputs, values, strict=True))
+        return dict(zip(self.outputs, values))
 
     def bind(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> Callable[[], Any]:
         """The call that is timed: one inference on these inputs, results fetched to numpy."""

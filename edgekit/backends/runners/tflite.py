@@ -261,7 +261,7 @@ class Profiled:
         self._do("GetCompiledModelOutputTensorLayouts", self._compiled, ctypes.c_size_t(0), count, layouts, update)
         self._outputs = [self._buffer("Output", i, t, layouts[i]) for i, (_, t) in enumerate(ends["Output"])]
         self.outputs = {n: (layouts[i], self._outputs[i]) for i, (n, _) in enumerate(ends["Output"])}
-        for buffer, (name, _) in zip(self._inputs, ends["Input"], strict=True):
+        for buffer, (name, _) in zip(self._inputs, ends["Input"]):
             self._fill(buffer, np.ascontiguousarray(stored[name]))
 
     def _ends(self, part: str) -> list[tuple[str, ctypes.c_void_p]]:
