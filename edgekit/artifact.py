@@ -22,7 +22,8 @@ from edgekit import backends
 from edgekit.errors import ArtifactError, DiskError, OutputExistsError
 from edgekit.target import PRECISIONS, PRUNED, candidate_id
 
-MANIFEST_SCHEMA = 2  # 1: first; 2: pruning
+MANIFEST_SCHEMA = 3  # 1: first; 2: pruning; 3: labels, pixels
+_READABLE = (2, 3)
 BUILD_SCHEMA = 1  # 1: first
 MANIFEST = "manifest.json"
 _MARKER = ".edgekit"
@@ -48,6 +49,8 @@ class Manifest:
 
     identity: sha256 over everything that decides the content; a repeated run reuses an artifact of the same identity.
     files: name -> {"sha256", "size_bytes"}.
+    labels: names of the classes, or the tokens, in the model's order; empty where they are not known.
+    pixels: inputs whose samples were images of 8-bit pixels before preprocessing.
     """
 
     target: str
@@ -65,6 +68,8 @@ class Manifest:
     parity: Mapping[str, Any] | None = None
     tools: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    pixels: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -85,28 +90,31 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         out = {"schema": MANIFEST_SCHEMA, **{k: getattr(self, k) for k in self.__dataclass_fields__}}
-        out["parents"], out["notes"] = list(self.parents), list(self.notes)
-        return out
+        return {**out, **{k: list(out[k]) for k in _LISTS}}
 
     @staticmethod
     def from_json(data: Any, where: Path) -> Manifest:
         """The inverse of `to_json`. Raises ArtifactError, naming the field that is missing or of the wrong kind."""
         if not isinstance(data, dict):
             raise ArtifactError(f"'{where}' holds no manifest: {_short(data)}", "convert again")
-        if data.get("schema") != MANIFEST_SCHEMA:
+        if data.get("schema") not in _READABLE:
             raise ArtifactError(
                 f"'{where}' has schema {data.get('schema')!r}",
                 f"this edgekit reads schema {MANIFEST_SCHEMA}; convert again",
             )
         try:
-            fields = {k: data[k] for k in Manifest.__dataclass_fields__}
+            known = Manifest.__dataclass_fields__
+            fields = {k: data[k] for k in known if data["schema"] >= 3 or k not in _SINCE_3}
         except KeyError as error:
             raise ArtifactError(f"'{where}' lacks {error}", "convert again") from error
         for key, value in fields.items():
             if not _FIELDS[key](value):
                 raise ArtifactError(f"'{where}': {key} = {_short(value)}", "it is damaged; convert again")
-        fields["parents"], fields["notes"] = tuple(fields["parents"]), tuple(fields["notes"])
-        return Manifest(**fields)
+        return Manifest(**{k: tuple(v) if k in _LISTS else v for k, v in fields.items()})
+
+
+_LISTS = ("parents", "notes", "labels", "pixels")
+_SINCE_3 = ("labels", "pixels")
 
 
 # --- what a manifest's fields must be --------------------------------------------------------------
@@ -166,6 +174,8 @@ _FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "parity": lambda value: value is None or (_table(value) and _texts(value.get("reasons", []))),
     "tools": lambda value: _table(value) and all(map(_text, value.values())),
     "notes": _texts,
+    "labels": _texts,
+    "pixels": _texts,
 }
 
 

@@ -386,6 +386,8 @@ class Conversion:
             parity=parity,
             tools={**_tools(), spec.backend: backends.get(spec.backend).version()},
             notes=tuple(notes),
+            labels=self._about.labels,
+            pixels=self._about.images,
         )
 
     def check_names(self) -> None:

@@ -94,6 +94,17 @@ def test_a_future_manifest_is_refused(tmp_path: Path) -> None:
         artifact.read_manifest(final)
 
 
+def test_a_manifest_from_before_there_were_labels_is_read(tmp_path: Path) -> None:
+    final = make(artifact.open_build(tmp_path / "b"))
+    data = json.loads((final / "manifest.json").read_text())
+    older = {k: v for k, v in data.items() if k not in ("labels", "pixels")} | {"schema": 2}
+    (final / "manifest.json").write_text(json.dumps(older))
+    assert artifact.read_manifest(final).labels == ()
+    (final / "manifest.json").write_text(json.dumps({**older, "schema": 3}))
+    with pytest.raises(ArtifactError, match="lacks 'labels'"):
+        artifact.read_manifest(final)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -108,6 +119,7 @@ def test_a_future_manifest_is_refused(tmp_path: Path) -> None:
         ({"files": {"model.onnx": {"sha256": "00"}}}, "files"),
         ({"parents": "abc"}, "parents"),
         ({"notes": 5}, "notes"),
+        ({"labels": [1]}, "labels"),
         ({"parity": []}, "parity"),
         ({"parity": {"reasons": None}}, "parity"),
         ({"calibration": {"random": False}}, "calibration"),
