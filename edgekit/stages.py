@@ -8,7 +8,7 @@ import platform
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from edgekit import __version__, artifact, backends, weight_stages
+from edgekit import __version__, artifact, backends, fitting, weight_stages
 from edgekit import model as M
 from edgekit.errors import (
     ArtifactError,
@@ -294,6 +294,7 @@ class Conversion:
                 "labels": list(self._about.labels),
                 # the encoding is chosen for, and the proof holds on, this kind of CPU
                 "machine": platform.machine(),
+                "device": None if target.device is None else [target.device.arch, dict(target.device.runtimes)],
                 "saturates": backend.saturates(),
                 "code": _code(),
             }
@@ -303,9 +304,12 @@ class Conversion:
         if manifest is None:
             with artifact.staged(self.root, final) as folder:
                 self.progress(f"lower {target.name}/{spec.id}", 0, 0)
-                notes = backend.lower(model, spec.precision, folder, self._about)
+                about = replace(self._about, machine="" if target.device is None else target.device.arch)
+                notes = backend.lower(model, spec.precision, folder, about)
+                if target.device is not None:
+                    fitting.check(target, backend, folder)
                 self.progress(f"verify {target.name}/{spec.id}", 0, 0)
-                parity = self._verify(backend, folder, model, spec, exact_device=target.weight_bits == 8)
+                parity = self._verify(backend, folder, model, spec, target)
                 notes += [
                     *verify.notes(backend.NAME, parity),
                     *_left_float(record.get("plan")),
@@ -340,7 +344,7 @@ class Conversion:
         )
 
     def _verify(
-        self, backend: backends.Backend, folder: Path, model: ir.Model, spec: CandidateSpec, *, exact_device: bool
+        self, backend: backends.Backend, folder: Path, model: ir.Model, spec: CandidateSpec, target: Target
     ) -> dict[str, Any]:
         from edgekit import verify
 
@@ -348,7 +352,14 @@ class Conversion:
         original = self.pruned[0] if spec.variant else self.source[0]
         if spec.precision in STATIC:
             return verify.quantized(
-                backend, folder, model, data, spec.precision, original=self.pruned[0], exact_device=exact_device
+                backend,
+                folder,
+                model,
+                data,
+                spec.precision,
+                original=self.pruned[0],
+                exact_device=target.weight_bits == 8,
+                machine="" if target.device is None else target.device.arch,
             )
         if backend.weight_pass(spec.precision) is not None:
             return verify.weights(backend, folder, model, original, data, spec.precision)

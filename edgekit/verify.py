@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from edgekit import arithmetic
 from edgekit import model as M
-from edgekit.backends import Backend
+from edgekit.backends import About, Backend
 from edgekit.errors import UnsupportedOpError, WorkerError
 from edgekit.passes.roundings import leave_out
 
@@ -177,12 +177,13 @@ def quantized(
     *,
     original: ir.Model | None = None,
     exact_device: bool = False,
+    machine: str = "",
 ) -> dict[str, Any]:
     """Compare an artifact of integers with the exact integer reference: operator by operator, and end to end.
 
     Each operator gets the reference's own inputs. model: the QDQ model that the artifact was lowered from. original:
     the float model; with it "arithmetic" tells how near to it the artifact is on each class of CPU. exact_device: it is
-    for a CPU that sums exactly, also where this one's kernels saturate.
+    for a CPU that sums exactly, also where this one's kernels saturate. machine: which, see `backends.About`.
     Returns parity.ParityRecord as JSON with "kind", "ok", "reasons", "arithmetic", and "unrounded",
     "label_agreement_unrounded": the tensors that the runtime is known not to round, and the agreement once the
     reference does not round them either.
@@ -205,7 +206,7 @@ def quantized(
             try:
                 if id(loose) not in cut:
                     home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgekit-parity-")))
-                    backend.lower(loose, precision, home)
+                    backend.lower(loose, precision, home, About(machine=machine))
                     cut[id(loose)] = stack.enter_context(opened(backend, home, environment=environment))
                 return cut[id(loose)].infer(inputs)
             except (UnsupportedOpError, WorkerError) as error:

@@ -31,7 +31,8 @@ class About:
     """What a file may say of its model besides the numbers, where its format has a place for it.
 
     description: one line. labels: names of the classes. images: inputs whose raw samples are 8-bit pixels.
-    io: "int8" gives quantized inputs and outputs their integers.
+    io: "int8" gives quantized inputs and outputs their integers. machine: what it will run on, as `platform.machine`
+    calls it there; "" for this one.
     """
 
     name: str = ""
@@ -40,6 +41,7 @@ class About:
     preprocessing: Preprocessing | None = None
     images: tuple[str, ...] = ()
     io: Literal["float32", "int8"] = "float32"
+    machine: str = ""
 
 
 class Backend(Protocol):
@@ -52,6 +54,9 @@ class Backend(Protocol):
     `open_session(folder, threads, batch, profile)`, whose session has `run(inputs) -> outputs` (arrays by name),
     `bind(inputs) -> call` (the call that is timed) and `layers()` (seconds per layer when profiling)."""
 
+    WHEELS: tuple[str, ...]
+    """Packages that RUNNER needs on a device, the runtime's first: what it imports, not all that they ask for."""
+
     KERNELS: Mapping[str, Mapping[str, str]]
     """Other kernels of this runtime that an artifact may meet on a device: in words -> a worker's environment."""
 
@@ -60,6 +65,10 @@ class Backend(Protocol):
 
     EXACT: Mapping[str, str] | None
     """A worker's environment in which nothing saturates on any CPU, however slowly; None if there is none."""
+
+    def lacks(self, folder: Path, package: str, version: str) -> list[str]:
+        """What the artifact in `folder` needs and this version of the runtime is known to lack, one thing each."""
+        ...
 
     def missing(self) -> str | None:
         """None if the runtime is installed, else the command that installs it."""

@@ -28,6 +28,7 @@ from edgekit.passes.roundings import PRODUCTS, idle
 NAME = "openvino"
 PRECISIONS = ("float32", "float16", "int8", "int8-weights", "int4-weights")
 RUNNER = Path(__file__).parent / "runners" / "openvino.py"
+WHEELS = ("openvino", "numpy")
 KERNELS: Mapping[str, Mapping[str, str]] = {}
 PAIR_SUMS = True
 EXACT: Mapping[str, str] | None = None
@@ -39,6 +40,11 @@ def missing() -> str | None:
 
 def version() -> str:
     return _installed("openvino")
+
+
+def lacks(folder: Path, package: str, version: str) -> list[str]:
+    """Nothing is known to be lacking in any."""
+    return []
 
 
 def refuses(model: ir.Model) -> list[str]:

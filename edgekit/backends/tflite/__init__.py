@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 NAME = "tflite"
 PRECISIONS = ("float32", "float16", "int8", "int8x16", "int8-dynamic", "int8-weights")
 RUNNER = Path(__file__).parent.parent / "runners" / "tflite.py"
+WHEELS = ("ai-edge-litert", "numpy")
 KERNELS = {"reference kernels (microcontrollers, runtimes without XNNPACK)": {"EDGEKIT_TFLITE_KERNELS": "reference"}}
 PAIR_SUMS = False
 EXACT: Mapping[str, str] | None = {}
@@ -42,6 +43,27 @@ def version() -> str:
         return _installed("ai-edge-litert")
     except PackageNotFoundError:
         return _installed("tflite-runtime")
+
+
+def lacks(folder: Path, package: str, version: str) -> list[str]:
+    """Operators that a TFLite runtime of before LiteRT does not have, or not in the version that the file asks for."""
+    from edgekit.sources.tflite import read
+    from edgekit.sources.tflite_versions import oldest_runtime
+
+    if package != "tflite-runtime":
+        return []
+    has, out = _numbers(version), []
+    operators = {(o.name, o.version) for graph in read(folder / FILE).subgraphs for o in graph.operators}
+    for name, number in sorted(operators):
+        oldest, _ = oldest_runtime([(name, number)])
+        if oldest is None or _numbers(oldest) > has:
+            out.append(f"{name} version {number}" + (f" (TFLite {oldest})" if oldest else ""))
+    return out
+
+
+def _numbers(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def refuses(model: ir.Model) -> list[str]:
