@@ -110,7 +110,8 @@ class Manifest:
         for key, value in fields.items():
             if not _FIELDS[key](value):
                 raise ArtifactError(f"'{where}': {key} = {_short(value)}", "it is damaged; convert again")
-        return Manifest(**{k: tuple(v) if k in _LISTS else v for k, v in fields.items()})
+        fields.update({k: tuple(fields[k]) for k in _LISTS if k in fields})
+        return Manifest(**fields)
 
 
 _LISTS = ("parents", "notes", "labels", "pixels")
