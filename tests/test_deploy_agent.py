@@ -236,7 +236,8 @@ def test_a_failed_first_deploy_leaves_nothing(agent: Agent, numpy_wheel: bytes) 
         ({"arch": "aarch64x"}, "this bundle is for aarch64x"),
         ({"python": "3.4"}, "Python 3.4"),
         ({"glibc": "99.0"}, "glibc 99.0"),
-        ({"device_packages": {"no_such_thing": "1"}}, "no_such_thing"),
+        ({"device_packages": {"no_such_thing": ">=1"}}, "no no_such_thing"),
+        ({"device_packages": {"sqlite3": ">=0.1,<0.2"}}, "sqlite3"),
     ],
 )
 def test_a_bundle_for_another_device_is_refused(

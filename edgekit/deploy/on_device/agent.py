@@ -538,11 +538,23 @@ def _check_fits(manifest: dict[str, Any]) -> None:
         raise Refused("device", told, "upgrade its system")
     needed = wanted.get("device_packages") or {}
     found = packages(needed)
-    for name, least in needed.items():
-        if not found[name] or numbers(found[name]) < numbers(least):
-            told = f"the device's Python has {name} {found[name]}" if found[name] else "the device has no " + name
+    for name, spec in needed.items():
+        if not found[name] or not satisfies(str(found[name]), spec):
+            told = (
+                f"the device's Python has {name} {found[name]}" if found[name] else f"the device's Python has no {name}"
+            )
             remedy = f"on the device: sudo apt install python3-{_DEBIAN.get(name, name)}"
-            raise Refused("device", f"{told}, {least} is needed and has no wheel for it", remedy)
+            raise Refused("device", f"{told}; {name} {spec} is needed and has no wheel for it", remedy)
+
+
+def satisfies(version: str, spec: str) -> bool:
+    """Whether a version is within bounds such as ">=1.23.2,<2"."""
+    own = numbers(version)
+    for part in filter(None, (p.strip() for p in spec.split(","))):
+        bound = numbers(part)
+        if (part.startswith(">=") and own < bound) or (part.startswith("<") and own >= bound):
+            return False
+    return True
 
 
 def numbers(version: Any) -> tuple[int, ...]:
