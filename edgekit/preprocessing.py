@@ -11,7 +11,7 @@ import difflib
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -31,6 +31,7 @@ _ERRORS: Mapping[transform.Problem, type[EdgekitError]] = {
     "range": NonFiniteError,
     "image": ImageError,
     "pillow": MissingExtraError,
+    "option": DatasetError,
 }
 
 
@@ -106,22 +107,10 @@ class Preprocessing:
         layout: str | None = None,
     ) -> Preprocessing:
         """A copy in which every given flag wins. Texts as typed: "96x96", "1/255", "0.5,0.4,0.3", "BGR", "NCHW"."""
-        given: dict[str, Any] = {}
-        if resize is not None:
-            given["resize"] = _size("resize", resize)
-        if crop is not None:
-            size = _size("crop", crop)
-            given["crop"] = (size, size) if isinstance(size, int) else size
-        if scale is not None:
-            given["scale"] = _number("scale", scale)
-        for name, text in (("mean", mean), ("std", std)):
-            if text is not None:
-                given[name] = tuple(_number(name, t) for t in text.split(","))
-        if channel_order is not None:
-            given["channel_order"] = _one_of("channel-order", channel_order.upper(), get_args(ChannelOrder))
-        if layout is not None:
-            given["layout"] = _one_of("layout", layout.upper(), get_args(Layout))
-        return replace(self, **given)
+        given = {"resize": resize, "crop": crop, "scale": scale, "mean": mean, "std": std}
+        with transforming():
+            merged = transform.merged(self.to_json(), {**given, "channel_order": channel_order, "layout": layout})
+        return Preprocessing.from_json(merged)
 
     def to_json(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -135,7 +124,8 @@ class Preprocessing:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f"perhaps you meant '{near[0]}'" if near else "known keys: " + ", ".join(known)
                 raise DatasetError(f"preprocessing has an unknown key '{key}'", hint)
-        given = {k: _from_json(k, v) for k, v in data.items() if v is not None}
+        with transforming():
+            given = {k: _from_json(k, v) for k, v in data.items() if v is not None}
         return Preprocessing(**given)
 
     @staticmethod
@@ -174,9 +164,7 @@ def transforming() -> Iterator[None]:
     try:
         yield
     except transform.TransformError as error:
-        remedy = f"pass {error.flags}" if error.flags else error.remedy
-        if error.kind == "pillow":
-            remedy = "pip install 'edgekit[images]'"
+        remedy = "pip install 'edgekit[images]'" if error.kind == "pillow" else error.remedy
         raise _ERRORS[error.kind](error.what, remedy) from error
 
 
@@ -195,36 +183,9 @@ def _by(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def _size(name: str, text: str) -> tuple[int, int] | int:
-    try:
-        parts = [int(p) for p in text.lower().replace(",", "x").split("x")]
-    except ValueError:
-        parts = []
-    if len(parts) not in (1, 2):
-        raise DatasetError(f"--{name} {text}", "give height x width in pixels, such as 96x96")
-    return parts[0] if len(parts) == 1 else (parts[0], parts[1])
-
-
 def _usable(number: float, *, zero: bool) -> bool:
     """Finite as float32, and not 0 unless that is allowed: too small a number becomes 0, too large a one infinity."""
     return abs(number) <= float(np.finfo(np.float32).max) and (zero or float(np.float32(number)) != 0)
-
-
-def _number(name: str, text: str | float) -> float:
-    """A number or a fraction: 0.0039 or "1/255"."""
-    try:
-        if isinstance(text, str):
-            over, _, under = text.partition("/")
-            return float(over) / (float(under) if under else 1.0)
-        return float(text)
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise DatasetError(f"preprocessing {name} = {text!r}", "give a number, or a fraction such as 1/255") from error
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> Any:
-    if value not in allowed:
-        raise DatasetError(f"preprocessing {name} = {value!r}", "one of " + ", ".join(allowed))
-    return value
 
 
 def _from_json(key: str, value: Any) -> Any:
@@ -234,8 +195,8 @@ def _from_json(key: str, value: Any) -> Any:
             raise DatasetError(f"preprocessing {key} = {value!r}", "give [height, width]")
         return tuple(whole) if isinstance(value, list) else (value, value) if key == "crop" else value
     if key in ("mean", "std"):
-        return tuple(_number(key, v) for v in (value if isinstance(value, list) else [value]))
+        return tuple(transform.number(key, v) for v in (value if isinstance(value, list) else [value]))
     if key == "scale":
-        return _number(key, value)
+        return transform.number(key, value)
     allowed = {"method": Method, "channel_order": ChannelOrder, "layout": Layout}[key]
-    return _one_of(key, value, get_args(allowed))
+    return transform.one_of(key, value, get_args(allowed))

@@ -17,8 +17,13 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 How = Mapping[str, Any]
 Spec = Mapping[str, Any]
-Problem = Literal["shape", "range", "image", "pillow"]
+Problem = Literal["shape", "range", "image", "pillow", "option"]
 
+OPTIONS = ("resize", "crop", "scale", "mean", "std", "channel_order", "layout")
+"""What can be declared on a command line, under these names."""
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+CHANNEL_ORDERS = ("RGB", "BGR")
+LAYOUTS = ("NHWC", "NCHW")
 _CHANNELS = (1, 3, 4)
 _GRAY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N")
 
@@ -27,16 +32,15 @@ class TransformError(ValueError):
     """Samples that cannot become what the model takes.
 
     kind: "shape" (sizes or types do not fit), "range" (a value that its type cannot hold), "image" (a file that is no
-    image), "pillow" (it is not installed). what: the thing and the value. remedy: what to do, unless it is to declare
-    another preprocessing: then `flags` holds the options to say so with.
+    image), "pillow" (it is not installed), "option" (a preprocessing that makes no sense).
+    what: the thing and the value. remedy: what to do, with the options of the command line.
     """
 
-    def __init__(self, kind: Problem, what: str, remedy: str = "", flags: str = "") -> None:
+    def __init__(self, kind: Problem, what: str, remedy: str = "") -> None:
         super().__init__(what)
         self.kind = kind
         self.what = what
         self.remedy = remedy
-        self.flags = flags
 
 
 # --- the declared preprocessing --------------------------------------------------------------------
@@ -130,7 +134,7 @@ def _stack(samples: Array | Sequence[Array]) -> Array:
     for i, sample in enumerate(samples):
         if sample.shape != samples[0].shape:
             what = f"samples differ in shape: {samples[0].shape} and, {i} further on, {sample.shape}"
-            raise TransformError("shape", what, flags="--resize HxW (with the model's size), or --resize N --crop HxW")
+            raise TransformError("shape", what, "pass --resize HxW (with the model's size), or --resize N --crop HxW")
     return np.stack(samples)
 
 
@@ -163,6 +167,57 @@ def _crop(x: Array, size: Sequence[int]) -> Array:
         raise TransformError("shape", what, "resize first, or crop less")
     top, left = (h - size[0]) // 2, (w - size[1]) // 2
     return x[top : top + size[0], left : left + size[1]]
+
+
+def merged(how: How, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `how` in which every given option wins. Texts as typed: "96x96", "1/255", "0.5,0.4,0.3", "BGR", "NCHW".
+
+    given: OPTIONS -> text (scale: or a number); None where nothing was said.
+    """
+    out = dict(how)
+    for name, text in given.items():
+        if text is not None:
+            out[name] = _parsed(name, text)
+    return out
+
+
+def _parsed(name: str, text: Any) -> Any:
+    if name in ("resize", "crop"):
+        size = _size(name, text)
+        return [size, size] if name == "crop" and isinstance(size, int) else size
+    if name == "scale":
+        return number(name, text)
+    if name in ("mean", "std"):
+        return [number(name, t) for t in text.split(",")]
+    return one_of(name.replace("_", "-"), text.upper(), CHANNEL_ORDERS if name == "channel_order" else LAYOUTS)
+
+
+def _size(name: str, text: str) -> list[int] | int:
+    try:
+        parts = [int(p) for p in text.lower().replace(",", "x").split("x")]
+    except ValueError:
+        parts = []
+    if len(parts) not in (1, 2) or min(parts) < 1:
+        raise TransformError("option", f"--{name} {text}", "give height x width in pixels, such as 96x96")
+    return parts[0] if len(parts) == 1 else parts
+
+
+def number(name: str, text: Any) -> float:
+    """A number or a fraction: 0.0039 or "1/255"."""
+    try:
+        if isinstance(text, str):
+            over, _, under = text.partition("/")
+            return float(over) / (float(under) if under else 1.0)
+        return float(text)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        what = f"preprocessing {name} = {text!r}"
+        raise TransformError("option", what, "give a number, or a fraction such as 1/255") from error
+
+
+def one_of(name: str, value: object, allowed: Sequence[str]) -> Any:
+    if value not in allowed:
+        raise TransformError("option", f"preprocessing {name} = {value!r}", "one of " + ", ".join(allowed))
+    return value
 
 
 # --- to the model's shape and type -----------------------------------------------------------------
@@ -208,26 +263,22 @@ def _reshape(x: Array, spec: Spec, how: How) -> Array:
         if len(want) == 1 or len(have) == 1 or squeezed:
             return x.reshape(len(x), *known)
     what = f"samples have shape {_show(have)}, model input '{spec['name']}' takes {_show(want)}"
-    flags = _flags(have, want)
-    raise TransformError("shape", what, "" if flags else _hint(have, want, how), flags)
-
-
-def _flags(have: Sequence[int], want: Sequence[Any]) -> str:
-    """The options after which two images fit."""
-    if len(have) != 3 or len(want) != 3:
-        return ""
-    if want[0] == have[2] and want[0] in _CHANNELS:
-        return "--layout NCHW" + ("" if tuple(want[1:]) == tuple(have[:2]) else f" --resize {want[1]}x{want[2]}")
-    if want[2] == have[0] and want[2] in _CHANNELS:
-        return "--layout NHWC" + ("" if tuple(want[:2]) == tuple(have[1:]) else f" --resize {want[0]}x{want[1]}")
-    if want[2] == have[2] and want[2] in _CHANNELS:
-        return f"--resize {want[0]}x{want[1]}"
-    if want[0] == have[0] and want[0] in _CHANNELS:
-        return f"--resize {want[1]}x{want[2]}"
-    return ""
+    raise TransformError("shape", what, _hint(have, want, how))
 
 
 def _hint(have: Sequence[int], want: Sequence[Any], how: How) -> str:
+    """What a user can do about two shapes that do not fit."""
+    if len(have) == 3 and len(want) == 3:
+        if want[0] == have[2] and want[0] in _CHANNELS:
+            sizes = "" if tuple(want[1:]) == tuple(have[:2]) else f" --resize {want[1]}x{want[2]}"
+            return f"pass --layout NCHW{sizes}"
+        if want[2] == have[0] and want[2] in _CHANNELS:
+            sizes = "" if tuple(want[:2]) == tuple(have[1:]) else f" --resize {want[0]}x{want[1]}"
+            return f"pass --layout NHWC{sizes}"
+        if want[2] == have[2] and want[2] in _CHANNELS:
+            return f"pass --resize {want[0]}x{want[1]}"
+        if want[0] == have[0] and want[0] in _CHANNELS:
+            return f"pass --resize {want[1]}x{want[2]}"
     if len(have) == 1 and len(want) == 1 and isinstance(want[0], int) and have[0] == want[0] + 1:
         return "if one column is the label, name it with --label-column"
     if len(have) in (2, 3) and len(want) == 1 and how.get("resize") is None:

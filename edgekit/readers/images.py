@@ -14,8 +14,6 @@ from edgekit.errors import DatasetError
 from edgekit.preprocessing import transforming
 from edgekit.readers import Array, Chunk, groups
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-
 
 @dataclass(frozen=True)
 class ImageReader:
@@ -76,7 +74,7 @@ def open_images(folder: Path, names: tuple[str, ...] | None = None) -> ImageRead
             "keep either images alone (unlabelled) or one folder per class",
         )
     if not loose and not any(found.values()):
-        kinds = " ".join(sorted(s[1:] for s in SUFFIXES))
+        kinds = " ".join(sorted(s[1:] for s in transform.IMAGE_SUFFIXES))
         raise DatasetError(f"folder '{folder}' has no images", f"put in one folder per class, with files of {kinds}")
     if loose:
         return ImageReader(tuple(loose), None, ())
@@ -97,7 +95,7 @@ def decode(path: Path, channels: int | None) -> Array:
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    return path.suffix.lower() in transform.IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def _walk(folder: Path) -> Iterator[Path]:
