@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from edgekit.errors import NoCalibrationDataError, NonFiniteError
 from edgekit.passes import calibrate
-from edgekit.passes.calibrate import BINS, Observed, bounded, fill_histograms, held_back, observe
+from edgekit.passes.calibrate import BINS, Observed, bounded, channel_ranges, fill_histograms, held_back, observe
 from tests.quantize_graphs import Array, Batch, Samples, evaluate, graph, node, normal
 
 
@@ -138,6 +138,56 @@ def test_held_back_is_seeded_and_bounded() -> None:
     assert held_back(200, 0) == held_back(200, 0) != held_back(200, 1)
     assert len(held_back(50, 0)) == 10
     assert len(held_back(10**6, 0)) == 96
+
+
+def relu(shape: list[int | str]) -> Any:
+    return graph([node("Relu", ["x"], ["y"], name="relu")], {"x": shape}, {"y": shape})
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (12, 5, 7), (12, 5, 4, 3), (12, 2, 5, 3, 4)])
+@pytest.mark.parametrize("size", [1, 4, 32])
+def test_channels_on_any_axis_are_numpys(shape: tuple[int, ...], size: int) -> None:
+    x = normal(*shape, seed=1) * np.linspace(0.01, 100, shape[-1], dtype=np.float32)
+    for axis in (*range(1, len(shape)), -1):
+        found = channel_ranges(relu(["n", *shape[1:]]), Samples({"x": x}), {"x": axis, "y": axis}, size)
+        for name, values in (("x", x), ("y", np.maximum(x, 0))):
+            flat = np.moveaxis(values, axis, 0).reshape(shape[axis], -1)
+            np.testing.assert_array_equal(found[name].low, flat.min(axis=1))
+            np.testing.assert_array_equal(found[name].high, flat.max(axis=1))
+            np.testing.assert_allclose(found[name].power, np.square(flat.astype(np.float64)).mean(axis=1), rtol=1e-5)
+
+
+def test_channels_of_a_value_without_samples() -> None:
+    """A table that all samples share: it has no batch axis, and its channels may be on the first."""
+    table = normal(3, 4, seed=1)
+    model = graph(
+        [node("Mul", ["one", "table"], ["t"], name="t"), node("MatMul", ["x", "t"], ["y"], name="y")],
+        {"x": ["n", 3], "one": [1]},
+        {"y": ["n", 4]},
+        {"table": table},
+    )
+    data = Samples({"x": normal(1, 3), "one": np.ones((1,), np.float32)})
+    for axis in (0, 1):
+        found = channel_ranges(model, data, {"t": axis})["t"]
+        np.testing.assert_array_equal(found.low, table.min(axis=1 - axis))
+        np.testing.assert_allclose(found.power, np.square(table).mean(axis=1 - axis), rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_squares_of_large_channels_stay_finite(axis: int) -> None:
+    x = normal(6, 3, 4, seed=1) * np.float32(1e25)  # squares are beyond float32
+    found = channel_ranges(relu(["n", 3, 4]), Samples({"x": x}), {"x": axis})["x"]
+    wanted = np.square(x.astype(np.float64)).mean(axis=(0, 3 - axis))
+    np.testing.assert_allclose(found.power, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_channels_that_are_not_finite_name_the_tensor(axis: int, bad: float) -> None:
+    weights = {"w": np.array(bad, np.float32)}
+    model = graph([node("Mul", ["x", "w"], ["y"], name="mul")], {"x": ["n", 3, 4]}, {"y": ["n", 3, 4]}, weights)
+    with pytest.raises(NonFiniteError, match="'y'"):
+        channel_ranges(model, Samples({"x": 1 + np.abs(normal(6, 3, 4))}), {"y": axis})
 
 
 class Generated(Samples):

@@ -457,9 +457,15 @@ def _of_channels(array: Array, axis: int, rows: int) -> tuple[Array, Array, Arra
     """(lowest, highest, sum of squares) of each channel of each row, (rows, channels); rows: 1, or the first axis."""
     axis %= array.ndim
     channels = array.shape[axis]
-    if axis == 0 or rows == 1:
-        flat = np.moveaxis(array, axis, 0).reshape(1, 1, channels, -1)
+    if rows == 1 or axis == 0:
+        array, rows, axis = np.moveaxis(array, axis, 0)[None], 1, 1
+    flat = array.reshape(rows, math.prod(array.shape[1:axis]), channels, -1)
+    if flat.shape[1] == 1:  # contiguous, which numpy reduces fastest
+        flat = flat.reshape(rows * channels, -1)
+        lows, highs, terms = flat.min(axis=1), flat.max(axis=1), "ra,ra->r"
     else:
-        flat = array.reshape(rows, math.prod(array.shape[1:axis]), channels, -1)
-    squares = np.einsum("nbca,nbca->nc", flat, flat, dtype=np.float64 if float(np.abs(flat).max()) > LARGE else None)
-    return flat.min(axis=(1, 3)), flat.max(axis=(1, 3)), squares
+        lows, highs, terms = flat.min(axis=(1, 3)), flat.max(axis=(1, 3)), "nbca,nbca->nc"
+    low, high = lows.astype(np.float64).reshape(rows, channels), highs.astype(np.float64).reshape(rows, channels)
+    wide = max(float(high.max()), -float(low.min())) > LARGE
+    squares = np.einsum(terms, flat, flat, dtype=np.float64 if wide or flat.dtype == np.float16 else None)
+    return low, high, squares.reshape(rows, channels)

@@ -115,12 +115,18 @@ def _patches(layer: Layer, x: Array, rows: Rows) -> Array:
     size = win.out(x.shape[2:])
     padded = pad_spatial(x, win.begins, win.ends)
     starts = np.unravel_index(rows.picks, size)  # per axis (n, r)
-    image = rows.samples[:, None]
     n, r = rows.picks.shape
-    each = x.shape[1] // groups
-    out = np.empty((groups, n, r, each, math.prod(kernel)), x.dtype)
-    for number, tap in enumerate(np.ndindex(*kernel)):
-        at = [s * win.strides[a] + tap[a] * win.dilations[a] for a, s in enumerate(starts)]
-        taken = padded[(image, slice(None), *at)]  # (n, r, c)
-        out[..., number] = taken.reshape(n, r, groups, each).transpose(2, 0, 1, 3)
-    return out.reshape(groups, n * r, -1)
+    each, taps = x.shape[1] // groups, math.prod(kernel)
+    places = [
+        [s * win.strides[a] + tap[a] * win.dilations[a] for a, s in enumerate(starts)] for tap in np.ndindex(*kernel)
+    ]
+    if groups > 1:  # a channel's taps lie side by side
+        flat = np.stack([np.ravel_multi_index(at, padded.shape[2:]) for at in places], axis=-1).reshape(n, 1, r * taps)
+        maps = padded.reshape(*padded.shape[:2], -1)
+        taken = np.take_along_axis(maps if n == len(x) else maps[rows.samples], flat, axis=2)
+        out = taken.reshape(n, groups, each, r, taps).transpose(1, 0, 3, 2, 4)
+        return np.ascontiguousarray(out).reshape(groups, n * r, each * taps)
+    out = np.empty((n, r, each, taps), x.dtype)
+    for number, at in enumerate(places):
+        out[..., number] = padded[(rows.samples[:, None], slice(None), *at)]
+    return out.reshape(1, n * r, each * taps)
