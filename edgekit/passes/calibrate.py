@@ -459,7 +459,7 @@ def _of_channels(array: Array, axis: int, rows: int) -> tuple[Array, Array, Arra
     channels = array.shape[axis]
     if rows == 1 or axis == 0:
         array, rows, axis = np.moveaxis(array, axis, 0)[None], 1, 1
-    flat = array.reshape(rows, math.prod(array.shape[1:axis]), channels, -1)
+    flat: Array = array.reshape(rows, math.prod(array.shape[1:axis]), channels, -1)
     if flat.shape[1] == 1:  # contiguous, which numpy reduces fastest
         flat = flat.reshape(rows * channels, -1)
         lows, highs, terms = flat.min(axis=1), flat.max(axis=1), "ra,ra->r"
