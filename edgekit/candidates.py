@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from edgekit import artifact, backends
 from edgekit.bench.entry import Entry, fit
-from edgekit.errors import ShapeError
+from edgekit.errors import ShapeError, UnknownTargetError
 from edgekit.model import Signature
+from edgekit.target import load_target
 
 if TYPE_CHECKING:
     from edgekit.preprocessing import Preprocessing
@@ -22,18 +23,18 @@ _MEASURABLE = frozenset(
 FILE_BACKEND = "tflite"  # whose runner opens published files
 
 
-def of_artifact(path: Path, manifest: artifact.Manifest) -> Entry:
-    """An artifact of a build."""
+def of_artifact(path: Path, manifest: artifact.Manifest, *, here: bool = True) -> Entry:
+    """An artifact of a build. here: it is to run on this machine, which must be able to."""
     backend = backends.get(manifest.backend)
     parity = None if manifest.parity is None else dict(manifest.parity)
     problems = tuple((parity or {}).get("reasons", ()))
-    install = backend.missing()
+    install = backend.missing() if here else None
     if install:
         problems = (*problems, f"not run: needs {manifest.backend}: {install}")
-    elif _proved_elsewhere(manifest) and backend.saturates():
+    elif here and _proved_elsewhere(manifest) and backend.saturates():
         problems = (
             *problems,
-            "made for CPUs whose int8 kernels do not saturate, as this one's do: convert it for this CPU",
+            "made for CPUs whose int8 kernels do not saturate, as this one's do: measure there, or convert for this",
         )
     return Entry(
         target=manifest.target,
@@ -93,6 +94,20 @@ def fitted(entry: Entry, wanted: Signature) -> Entry:
 
     how = fit(entry.signature, wanted, entry.label or str(entry.path))
     return replace(entry, signature=wanted, fit=how)
+
+
+def elsewhere(target: str, targets_dir: Path | None = None) -> str | None:
+    """Why a time measured on this machine is none of the target's; None where it is one."""
+    from edgekit.bench import machine
+
+    try:
+        device = load_target(target, targets_dir).device
+    except UnknownTargetError:  # its profile is gone
+        return None
+    here = machine.architecture()
+    if device is None or device.arch == here:
+        return None
+    return f"this machine is {here}, the target is {device.arch}"
 
 
 def check_sizes(entry: Entry) -> None:

@@ -56,9 +56,13 @@ def compare(
 
     if max_accuracy_drop is not None and data is None:
         raise NoCalibrationDataError("--max-accuracy-drop judges outputs and no data were given", "pass --data FILE")
-    first, how = _open(Path(a), A)
-    second, other_how = _open(Path(b), B)
+    first, how, one_target = _open(Path(a), A)
+    second, other_how, other_target = _open(Path(b), B)
+    elsewhere = next(filter(None, (candidates.elsewhere(target) for target in (one_target, other_target))), None)
+    if elsewhere is not None and max_slowdown is not None:
+        raise UsageError(f"--max-slowdown cannot be judged: {elsewhere}", "leave it out")
     second, warnings = _stand_in(second, first), [*_warnings(first), *_warnings(second)]
+    warnings += [f"no times were measured: {elsewhere}"] if elsewhere is not None else []
     dataset = open_data(data, preprocessing or recorded(data, how or other_how), label_column, labels)
     if dataset is None:
         candidates.check_sizes(first)
@@ -74,13 +78,14 @@ def compare(
         sample_limit=samples,
         warnings=warnings,
         reference=A,
+        untimed=elsewhere,
     )
     limits = {"max_accuracy_drop": max_accuracy_drop, "max_slowdown": max_slowdown}
     return _document(document, limits, labelled=data is not None)
 
 
-def _open(path: Path, label: str) -> tuple[Entry, Preprocessing | None]:
-    """(entry, the preprocessing that it records)."""
+def _open(path: Path, label: str) -> tuple[Entry, Preprocessing | None, str]:
+    """(entry, the preprocessing that it records, the target that it was made for or "")."""
     from edgekit import candidates
     from edgekit.preprocessing import Preprocessing
     from edgekit.sources import tflite
@@ -92,7 +97,8 @@ def _open(path: Path, label: str) -> tuple[Entry, Preprocessing | None]:
         if missing:
             raise MissingExtraError(f"'{path}': {missing[0]}", "install it, or compare others")
         told = manifest.preprocessing
-        return replace(entry, target=_TARGET, label=label), None if told is None else Preprocessing.from_json(told)
+        how = None if told is None else Preprocessing.from_json(told)
+        return replace(entry, target=_TARGET, label=label), how, entry.target
     if path.is_dir():
         inside = next((p for p in artifact.artifacts(path)), None) if (path / ".edgekit").is_file() else None
         raise UsageError(
@@ -105,7 +111,7 @@ def _open(path: Path, label: str) -> tuple[Entry, Preprocessing | None]:
             f"cannot compare '{path}'", "give a .tflite, or an artifact folder such as build/cpu/tflite-int8"
         )
     model = tflite.read(path)
-    return candidates.of_file(model, label, _TARGET), candidates.told_preprocessing(model)
+    return candidates.of_file(model, label, _TARGET), candidates.told_preprocessing(model), ""
 
 
 def _stand_in(entry: Entry, first: Entry) -> Entry:
@@ -127,7 +133,10 @@ def _document(found: Mapping[str, Any], limits: Mapping[str, float | None], *, l
     for label in (A, B):
         broken = next((r for r in rows[label] if not r["valid"]), None)
         if broken is not None:
-            raise WorkerError(f"{label} ('{broken['path']}') does not run: {broken['reasons'][0]}", "compare others")
+            told, where = broken["reasons"][0], f"{label} ('{broken['path']}')"
+            if broken["latency_s"]["samples"]:  # it ran, but its times are not to be trusted
+                raise WorkerError(f"{where} could not be measured: {told}", "compare again")
+            raise WorkerError(f"{where} does not run: {told}", "compare others")
     one, two = rows[A][0], rows[B][0]
     score, difference = _score(one["quality"] or {}, two["quality"] or {})
     quality = two["quality"] or {}

@@ -21,6 +21,7 @@ from edgekit.bench.worker import WIRE_SCHEMA, Wire
 from edgekit.errors import WorkerError
 from edgekit.model import Tensors
 
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 WORKER_FILE = Path(__file__).with_name("worker.py")
 _EXIT_GRACE_S = 5.0
 _SLACK_S = 300.0  # over the time a command was asked to take: a first call may compile, a device may be slow
@@ -44,8 +45,7 @@ def local_command(runner: Path, folder: Path, threads: int, batch: int = 0, prof
 
 def thread_environment(threads: int) -> dict[str, str]:
     """This process's environment with the thread counts that libraries read at start."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-    return {**os.environ, **dict.fromkeys(names, str(threads))}
+    return {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
 
 
 class Worker:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from edgekit.bench import machine
 from edgekit.bench.client import Worker, local_command, thread_environment
 from edgekit.bench.entry import Entry
+
+if TYPE_CHECKING:
+    from edgekit.report.progress import Progress
+    from edgekit.target import Target
 
 
 class BenchHost(Protocol):
@@ -34,6 +40,20 @@ class BenchHost(Protocol):
 
     def worker(self, entry: Entry, threads: int, batch: int, profile: bool = False) -> Worker:
         """A worker for `entry` there, not started yet. batch: 0 keeps the model's own."""
+        ...
+
+
+class Site(Protocol):
+    """A machine that targets are brought to. A context manager: at its end the connection is closed."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def prepared(self, target: Target, entries: Sequence[Entry], progress: Progress) -> BenchHost:
+        """Bring the artifacts there. Raises DeviceError and its kin where the machine is not one of the target's."""
         ...
 
 

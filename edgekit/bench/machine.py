@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from typing import Any
@@ -67,7 +68,7 @@ def facts() -> dict[str, Any]:
     return {
         "cpu": model,
         "board": _board(),
-        "arch": platform.machine(),
+        "arch": architecture(),
         "isa": isa,
         "cores_physical": _physical(None),
         "cores_logical": os.cpu_count(),
@@ -145,6 +146,14 @@ def warnings_after(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     if events > 0:
         found.append(f"the CPU was throttled {events} times while measuring")
     return found
+
+
+def architecture() -> str:
+    """Of this Python, which under a 64-bit kernel may be a 32-bit one: x86_64, aarch64, armv7l, ..."""
+    machine = platform.machine()
+    if struct.calcsize("P") == 4:
+        return {"aarch64": "armv7l", "armv8l": "armv7l", "x86_64": "i686"}.get(machine, machine)
+    return {"arm64": "aarch64", "AMD64": "x86_64"}.get(machine, machine)
 
 
 def emulation() -> str | None:
