@@ -225,6 +225,16 @@ def test_a_device_on_which_it_answers_differently_keeps_the_version_before(agent
     assert not (agent.base / "slots" / "m" / wrong.digest).exists()
 
 
+def test_what_is_to_be_measured_is_tested_by_who_measures(agent: Agent, numpy_wheel: bytes) -> None:
+    wrong = Made(numpy_wheel, factor=2.0, claims=2.1)
+    reply = agent.install(wrong, test=False)
+    assert (reply["ok"], reply["tested"]) == (True, False)
+    folder = Path(reply["folder"])
+    words = [Path(reply["environment"]) / "bin" / "python", folder / "selftest.py", folder, "a"]
+    ran = subprocess.run(words, capture_output=True, check=True)
+    assert "differs" in json.loads(ran.stdout)["difference"]
+
+
 def test_a_failed_first_deploy_leaves_nothing(agent: Agent, numpy_wheel: bytes) -> None:
     assert agent.install(Made(numpy_wheel, claims=3.0))["kind"] == "selftest"
     assert not agent.base.exists()

@@ -370,42 +370,50 @@ def _remove(path: str) -> None:
 def do_install(request: Request, payload: BinaryIO) -> Reply:
     """Install the bundle that follows as a tar, test it, and put it in use.
 
-    slot, digest: where, and of which manifest. keep: how many versions before this one stay.
+    slot, digest: where, and of which manifest. keep: how many versions before this one stay. test: false for what is
+    tested later, one artifact at a time, by whoever measures it.
     A version that is there already is only tested again and put in use; then no tar follows.
     """
     base, progress = base_of(request), Progress()
-    slot, digest = slot_path(base, request["slot"]), str(request["digest"])
+    slot, digest, testing = slot_path(base, request["slot"]), str(request["digest"]), bool(request.get("test", True))
     existed = os.path.isdir(base)
-    try:
-        with locked(base):
+    with locked(base):
+        try:
             folder = os.path.join(slot, digest)
             before = current_of(slot)
             if request.get("empty"):
                 if _differences(folder, digest):
                     raise Refused("bundle", "what is installed was altered", "deploy again")
+                if testing:
+                    _test(folder, progress)
             else:
-                os.makedirs(slot, exist_ok=True)
-                incoming = os.path.join(slot, _MINE)
-                try:
-                    _receive(base, incoming, digest, payload, progress)
-                    _test(incoming, progress)
-                    _sync_tree(incoming)
-                    if os.path.isdir(folder):  # altered, and not to be trusted
-                        _remove_other(slot, folder)
-                    os.rename(incoming, folder)
-                finally:
-                    _remove(incoming)
-            tested = _test(folder, progress) if request.get("empty") else None
+                _install_from(payload, base, slot, digest, testing, progress)
             activate(slot, digest)
             removed = _forget(base, slot, int(request.get("keep", 1)))
             environment = read_json(os.path.join(folder, "installed.json"))["environment"]
-    except BaseException:
-        _tidy(base, slot, existed)
-        raise
+        except BaseException:
+            _tidy(base, slot, existed)
+            raise
     return {
         "digest": digest, "before": before, "folder": folder, "environment": environment, "removed": removed,
-        "tested": tested is None or bool(tested),
+        "tested": testing,
     }  # fmt: skip
+
+
+def _install_from(payload: BinaryIO, base: str, slot: str, digest: str, testing: bool, progress: Progress) -> None:
+    """Put a version together beside its place, test it, and give it its name."""
+    os.makedirs(slot, exist_ok=True)
+    incoming, folder = os.path.join(slot, _MINE), os.path.join(slot, digest)
+    try:
+        _receive(base, incoming, digest, payload, progress)
+        if testing:
+            _test(incoming, progress)
+        _sync_tree(incoming)
+        if os.path.isdir(folder):  # altered, and not to be trusted
+            _remove_other(slot, folder)
+        os.rename(incoming, folder)
+    finally:
+        _remove(incoming)
 
 
 def _remove_other(slot: str, folder: str) -> None:
@@ -761,7 +769,7 @@ def _collect(base: str) -> None:
 
 
 # --- the self-test ---------------------------------------------------------------------------------
-def _test(folder: str, progress: Progress) -> bool:
+def _test(folder: str, progress: Progress) -> None:
     """Run the golden inputs with the bundle's own environment, each artifact in a process of its own."""
     manifest = read_json(os.path.join(folder, MANIFEST))
     python = os.path.join(read_json(os.path.join(folder, "installed.json"))["environment"], "bin", "python")
@@ -770,7 +778,6 @@ def _test(folder: str, progress: Progress) -> bool:
         why = run_self_test(python, folder, name)
         if why is not None:
             raise Refused("selftest", f"{name}: {why}", "please report this model and device")
-    return True
 
 
 def run_self_test(python: str, folder: str, candidate: str) -> str | None:
