@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +90,24 @@ def test_nothing_of_it_outlives_it(make_device: MAKE, name: str) -> None:
         device.close()
         assert client.wait(_GONE_S) == 255
     assert not [process for process in running if os.path.exists(f"/proc/{process}")]
+
+
+def test_a_killed_test_leaves_no_device_running(tmp_path: Path, make_device: MAKE) -> None:
+    make_device("amd64")  # skips where there are none
+    script = (
+        "import os, signal\n"
+        "from tests.device.devices import Device\n"
+        "with Device('amd64') as device:\n"
+        "    print(device.first_process(), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, check=False)
+    assert done.returncode == -signal.SIGKILL
+    first, end = Path(f"/proc/{int(done.stdout)}"), time.monotonic() + _GONE_S
+    while first.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not first.exists()  # and with it, the kernel promises, all others
 
 
 def test_the_home_is_shared_with_the_host(amd64_device: Device) -> None:
