@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -255,3 +256,27 @@ def test_idle_workers_use_no_processor_time(tmp_path: Path) -> None:
         before = status.read_text().split()[0]
         time.sleep(0.2)
         assert status.read_text().split()[0] == before  # it did not run at all
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a login shell")
+def test_what_a_login_shell_prints_first_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "behaviour.json").write_text("{}")
+    command = "echo 'Welcome to this machine'; echo; exec " + shlex.join(local_command(RUNNER, tmp_path, 1))
+    x = np.arange(4, dtype=np.float32)
+    with Worker(["sh", "-c", command], "chatty") as w:
+        w.load()
+        np.testing.assert_array_equal(w.infer({"a": x})["a_out"], 2 * x)
+
+
+def test_who_started_it_may_know_how_it_ended() -> None:
+    seen: list[tuple[int | None, str]] = []
+
+    def ended(status: int | None, said: str) -> str | None:
+        seen.append((status, said))
+        return "the connection to pi@one was lost" if status == 255 else None
+
+    for status, told in ((255, "t: the connection to pi@one was lost"), (3, "status 3: gone")):
+        script = f"import sys; sys.stderr.write('gone\\n'); sys.exit({status})"
+        with Worker([sys.executable, "-c", script], "t", ended=ended) as w, pytest.raises(WorkerError, match=told):
+            w.load()
+    assert seen == [(255, "gone"), (3, "gone")]
