@@ -556,11 +556,11 @@ def _check_fits(manifest: dict[str, Any]) -> None:
 
 
 def satisfies(version: str, spec: str) -> bool:
-    """Whether a version is within bounds such as ">=1.23.2,<2"."""
+    """Whether a version is within bounds such as ">=1.23.2,<2"; a bare number is the least."""
     own = numbers(version)
     for part in filter(None, (p.strip() for p in spec.split(","))):
-        bound = numbers(part)
-        if (part.startswith(">=") and own < bound) or (part.startswith("<") and own >= bound):
+        below = part.startswith("<")
+        if below == (own >= numbers(part)):
             return False
     return True
 
