@@ -184,12 +184,15 @@ class Device:
         (self._folder / "ssh/authorized_keys").write_text("")
 
     def drop_connections(self) -> int:
-        """End every connection as it is, with what runs in it; the device goes on listening. Returns how many processes
-        that were."""
-        dropped = list(_descendants(self._sshd()))
+        """End every connection without a word, as when the network goes; what it ran finds its pipes closed. The device
+        goes on listening. Returns how many processes of sshd that were."""
+        dropped = [process for process in _descendants(self._sshd()) if _name(process) == "sshd"]
         for process in dropped:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
+        end = time.monotonic() + _END_S
+        while any(_name(process) for process in dropped) and time.monotonic() < end:
+            time.sleep(0.01)
         return len(dropped)
 
     def fill(self, leave_bytes: int = 0) -> Path:
@@ -337,8 +340,8 @@ class Device:
         return next(iter(_children(self._process.pid)))
 
     def _sshd(self) -> int:
-        """The sshd that listens: the older of the first process's two children."""
-        return min(_children(self.first_process()))
+        """The sshd that listens."""
+        return next(child for child in _children(self.first_process()) if _name(child) == "sshd")
 
 
 class RealPi:
@@ -386,3 +389,11 @@ def _descendants(process: int) -> Iterator[int]:
     for child in list(_children(process)):
         yield from _descendants(child)
         yield child
+
+
+def _name(process: int) -> str | None:
+    """Of the program, also under QEMU; None when there is no such process any more."""
+    try:
+        return Path(f"/proc/{process}/comm").read_text().strip()
+    except OSError:
+        return None
