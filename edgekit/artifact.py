@@ -26,7 +26,7 @@ MANIFEST_SCHEMA = 3  # 1: first; 2: pruning; 3: labels, pixels
 _READABLE = (2, 3)
 BUILD_SCHEMA = 1  # 1: first
 MANIFEST = "manifest.json"
-_MARKER = ".edgekit"
+MARKER = ".edgekit"
 _STAGING = ".staging-"
 _NO_ROOM = "free some space or choose another --out; what was done is kept"
 _NO_RIGHT = "choose another --out, one that you may write to; what was done is kept"
@@ -211,7 +211,7 @@ def open_build(root: Path) -> Path:
     """Create the build folder or check that an existing one is ours; clears what a killed run left half-made."""
     if root.exists() and not root.is_dir():
         raise OutputExistsError(f"'{root}' is a file", "choose another --out")
-    marker = root / _MARKER
+    marker = root / MARKER
     if root.is_dir() and any(root.iterdir()) and not marker.is_file():
         raise OutputExistsError(f"folder '{root}' is not empty and is not an edgekit build", "choose another --out")
     with disk_errors(root):
@@ -227,13 +227,13 @@ def open_build(root: Path) -> Path:
 
 def remove_if_empty(root: Path) -> None:
     """Take back a build folder in which nothing was made."""
-    if [p.name for p in root.iterdir()] == [_MARKER]:
+    if [p.name for p in root.iterdir()] == [MARKER]:
         shutil.rmtree(root, ignore_errors=True)
 
 
 def check_build(root: Path) -> Path:
     """Raise ArtifactError unless `root` is a build folder of a known schema."""
-    marker = root / _MARKER
+    marker = root / MARKER
     if not marker.is_file():
         raise ArtifactError(
             f"'{root}' is not an edgekit build", "make one with `edgekit convert MODEL --out " + str(root) + "`"

@@ -106,9 +106,7 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
-_data_options = _options(
-    click.option("--label-column", metavar="NAME", help="Label column of a .csv or .parquet file."),
-    click.option("--labels", type=click.Path(path_type=Path), help="File with the labels, if they are apart."),
+_preprocessing_options = _options(
     click.option("--preprocessing", type=click.Path(path_type=Path), help="TOML with the options below."),
     click.option("--resize", metavar="HxW", help="Resize images to this size."),
     click.option("--crop", metavar="HxW", help="Crop the centre of images."),
@@ -117,6 +115,11 @@ _data_options = _options(
     click.option("--std", metavar="S,..", help="Divide by, per channel, after scaling."),
     click.option("--channel-order", type=click.Choice(["RGB", "BGR"]), help="What the model wants."),
     click.option("--layout", type=click.Choice(["NHWC", "NCHW"]), help="What the model wants."),
+)
+_data_options = _options(
+    click.option("--label-column", metavar="NAME", help="Label column of a .csv or .parquet file."),
+    click.option("--labels", type=click.Path(path_type=Path), help="File with the labels, or the classes' names."),
+    _preprocessing_options,
 )
 _model_options = _options(
     click.option(
@@ -325,6 +328,37 @@ def compare(as_json: bool, **given: Any) -> None:
         print_comparison(document)
     if document["regressions"]:
         raise RegressionError("; ".join(document["regressions"]), "keep A, or raise the limit")
+
+
+@main.command()
+@click.argument("build", type=click.Path(path_type=Path))
+@click.option("-t", "--target", help="Which target of the build.")
+@click.option("--input", "files", multiple=True, metavar="FILE", help="An image, .csv, .npz, .npy or .txt.")
+@click.option("--stdin", is_flag=True, help="Answer line by line: paths, rows of numbers, or text; stays loaded.")
+@click.option("--candidate", metavar="ID", help="This artifact instead of the best measured.")
+@click.option("--host", metavar="user@name", help="Run what is deployed on this device.")
+@click.option("--ssh-config", type=click.Path(path_type=Path), help="An ssh configuration instead of yours.")
+@click.option("--name", help="What it is called on the device, if not as the model.")
+@click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Classes to show.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of the runtime, here.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE.npz", help="Save the outputs.")
+@click.option("--labels", type=click.Path(path_type=Path), help="Names of the classes, one a line, or a .json list.")
+@_preprocessing_options
+@_json_option
+def run(build: Path, stdin: bool, host: str | None, ssh_config: Path | None, **given: Any) -> None:
+    """Answer inputs with an artifact of BUILD (or a bundle, or a .tflite), here or on a device."""
+    from edgekit import running
+
+    given["preprocessing"], given["declared"] = {k: given.pop(k) for k in _PREPROCESSING_FLAGS}, given["preprocessing"]
+    with running.reached(host, ssh_config) as device:
+        running.answers(
+            build,
+            stream=sys.stdin.buffer if stdin else None,
+            say=lambda text: click.echo(text.encode("utf-8", "backslashreplace")),
+            remark=lambda text: click.secho(text, dim=True, err=True),
+            host=device,
+            **given,
+        )
 
 
 @main.command()

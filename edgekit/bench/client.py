@@ -91,6 +91,11 @@ class Worker:
     ) -> None:
         self._close(gently=kind is None)
 
+    @property
+    def running(self) -> bool:
+        """Whether it can be commanded: started, and not found dead or silent since."""
+        return self._process is not None
+
     def load(self) -> Loaded:
         """Import the runtime and open the artifact."""
         reply, _ = self._request("load")
