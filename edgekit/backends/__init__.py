@@ -26,6 +26,11 @@ BACKENDS: Mapping[str, str] = {
 }
 
 
+Repeats = Literal["bits", "sums", "flips"]
+"""bits: equal. sums: its integers are equal, what float arithmetic makes of them is nearly so. flips: a sum near a half
+may round the other way, and what follows from it differs."""
+
+
 @dataclass(frozen=True)
 class About:
     """What a file may say of its model besides the numbers, where its format has a place for it.
@@ -68,6 +73,10 @@ class Backend(Protocol):
 
     def lacks(self, folder: Path, package: str, version: str) -> list[str]:
         """What the artifact in `folder` needs and this version of the runtime is known to lack, one thing each."""
+        ...
+
+    def repeats(self, folder: Path) -> Repeats:
+        """How an int8 artifact's results on one processor are those on another."""
         ...
 
     def missing(self) -> str | None:

@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from edgekit import model as M
-from edgekit.backends import About, ort_weights
+from edgekit.backends import About, Repeats, ort_weights
 from edgekit.backends.encoding import with_uint8_activations
 from edgekit.backends.saturation import PAIRS, SATURATED_BELOW, probe_operands
 from edgekit.errors import UnsupportedOpError
@@ -48,6 +48,11 @@ def version() -> str:
 def lacks(folder: Path, package: str, version: str) -> list[str]:
     """Nothing: every version with wheels for Python 3.9 and later reads opset 21 (1.18 and later)."""
     return []
+
+
+def repeats(folder: Path) -> Repeats:
+    """On Arm (1.32) a few sums round the other way: 2 of the 131,072 of ResNet8's second convolution."""
+    return "flips"
 
 
 def refuses(model: ir.Model) -> list[str]:

@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from edgekit import model as M
-from edgekit.backends import About
+from edgekit.backends import About, Repeats
 from edgekit.backends.encoding import with_uint8_activations
 from edgekit.backends.saturation import PAIRS, SATURATED_BELOW, probe_operands
 from edgekit.backends.whole_groups import with_whole_groups
@@ -45,6 +45,11 @@ def version() -> str:
 def lacks(folder: Path, package: str, version: str) -> list[str]:
     """Nothing is known to be lacking in any."""
     return []
+
+
+def repeats(folder: Path) -> Repeats:
+    """Not known to do more."""
+    return "flips"
 
 
 def refuses(model: ir.Model) -> list[str]:

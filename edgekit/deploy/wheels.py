@@ -57,6 +57,8 @@ class DeviceFacts(Protocol):
     @property
     def glibc(self) -> str | None: ...
     @property
+    def cores(self) -> int | None: ...
+    @property
     def memory_bytes(self) -> int | None: ...
     @property
     def packages(self) -> Mapping[str, str | None]: ...
@@ -70,6 +72,7 @@ class Described:
     python: str
     glibc: str | None
     host: str = "the device"
+    cores: int | None = None
     memory_bytes: int | None = None
     packages: Mapping[str, str | None] = field(default_factory=dict)
 
@@ -103,7 +106,7 @@ class Wheel:
 class Chosen:
     """wheels: in order of names. requirements: "name==version" of each, for a device that fetches them itself.
 
-    system_packages: import name -> least version that the device's own Python must have. notes: for the user.
+    system_packages: import name -> versions that the device's own Python must have. notes: for the user.
     """
 
     wheels: tuple[Wheel, ...]
@@ -157,7 +160,7 @@ def choose(
     return Chosen(
         wheels=tuple(found[name] for name in sorted(found)),
         versions={name: wheel.version for name, wheel in found.items()},
-        system_packages={name: _least(text) for name, text in system.items()},
+        system_packages=system,
         notes=tuple(notes),
     )
 
@@ -213,10 +216,6 @@ def meets(version: str, text: str) -> bool:
         if part.startswith("<") and have >= bound:
             return False
     return True
-
-
-def _least(text: str) -> str:
-    return text.split(",")[0].removeprefix(">=")
 
 
 def _installed(package: str) -> str | None:

@@ -18,7 +18,7 @@ from edgekit.passes.roundings import small_tail
 from edgekit.target import STATIC
 
 if TYPE_CHECKING:
-    from edgekit.backends import About
+    from edgekit.backends import About, Repeats
     from edgekit.backends.tflite.lowering import Lowered, Refusal
     from edgekit.passes.quantize_weights import QuantizeWeights
 
@@ -64,6 +64,23 @@ def lacks(folder: Path, package: str, version: str) -> list[str]:
 def _numbers(version: str) -> tuple[int, int]:
     major, minor = version.split(".")[:2]
     return int(major), int(minor)
+
+
+def repeats(folder: Path) -> Repeats:
+    """int8 sums round in one way on x86 and Arm; what is computed in float and then quantized again may not."""
+    from edgekit.sources.tflite import read
+
+    computed = False
+    for graph in read(folder / FILE).subgraphs:
+        real = {i for i, tensor in enumerate(graph.tensors) if tensor.dtype.startswith("float")}
+        inner: set[int] = set()  # float results of float arithmetic
+        for operator in graph.operators:
+            if operator.name == "QUANTIZE" and inner.intersection(operator.inputs):
+                return "flips"
+            if operator.name != "DEQUANTIZE":
+                inner |= real.intersection(operator.outputs)
+        computed = computed or bool(inner)
+    return "sums" if computed else "bits"
 
 
 def refuses(model: ir.Model) -> list[str]:
