@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit import artifact, backends
 from edgekit.arguments import names, open_data, recorded, thread_counts
-from edgekit.errors import ArtifactError, UnknownTargetError, UsageError
+from edgekit.errors import ArtifactError, DeviceError, UnknownTargetError, UsageError
 from edgekit.report.progress import Progress, silent
 from edgekit.target import PRECISIONS, candidate_id, load_target
 
 if TYPE_CHECKING:
     from edgekit.bench.entry import Entry
+    from edgekit.bench.host import BenchHost
     from edgekit.dataset import Dataset
     from edgekit.model import Signature
     from edgekit.preprocessing import Preprocessing
@@ -41,6 +42,8 @@ def bench(
     label_column: str | None = None,
     labels: Path | None = None,
     targets_dir: Path | None = None,
+    hosts: Sequence[str] = (),
+    ssh_config: Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Measure every artifact of a build side by side and decide what to ship.
@@ -48,38 +51,111 @@ def bench(
     build: the folder, or a .tflite of any origin. beside: .tflite files to measure in the same run, for comparison.
     data: test data; without it latency, size and memory are measured and quality is absent, with the reason.
     samples: judge quality on at most that many; threads: counts or "all", instead of the profile's.
+    hosts: machines to measure on instead of this one, all at the same time, as ssh calls them (user@name); ssh_config:
+    an ssh configuration instead of the user's. A host that fails is named under "failed" and the others go on; its
+    error is raised where all failed.
     Returns the bench document (schema 1) and appends the raw measurements to `build/results.jsonl`.
     """
     from edgekit import candidates
+    from edgekit.bench.document import merged
+    from edgekit.bench.host import THIS_MACHINE
     from edgekit.bench.run import new_run_id, run_bench
 
-    subject = _subject(Path(build), names(targets), [Path(p) for p in beside])
+    _check_hosts(hosts, ssh_config, build, beside)
+    subject = _subject(Path(build), names(targets), [Path(p) for p in beside], here=not hosts)
     dataset = open_data(data, preprocessing or recorded(data, subject.preprocessing), label_column, labels)
     if dataset is not None:
         _check_labels(dataset, subject.signature)
     elif not subject.manifests:
         candidates.check_sizes(next(iter(subject.entries.values()))[0])
     warnings = _data_warnings(dataset, subject, progress)
-    documents, run_id = [], new_run_id()
-    for name, entries in subject.entries.items():
-        documents.append(
-            run_bench(
-                entries,
-                dataset,
-                threads=thread_counts(threads) or _profile_threads(name, targets_dir),
-                quick=quick,
-                profile=profile,
-                max_accuracy_drop=max_accuracy_drop,
-                seed=seed,
-                progress=progress,
-                sample_limit=samples,
-                batch=batch,
-                results_path=subject.results,
-                warnings=warnings,
-                run_id=run_id,
-            )
+    counts, run_id = thread_counts(threads, here=not hosts), new_run_id()
+
+    def measure(
+        name: str, host: BenchHost = THIS_MACHINE, progress: Progress = progress, untimed: str | None = None
+    ) -> dict[str, Any]:
+        return run_bench(
+            subject.entries[name],
+            dataset,
+            threads=counts or _profile_threads(name, targets_dir),
+            quick=quick,
+            profile=profile,
+            max_accuracy_drop=max_accuracy_drop,
+            seed=seed,
+            progress=progress,
+            sample_limit=samples,
+            batch=batch,
+            results_path=subject.results,
+            warnings=warnings,
+            run_id=run_id,
+            host=host,
+            untimed=untimed,
         )
-    return _merged(documents)
+
+    if not hosts:
+        return merged([measure(name, untimed=_why_untimed(name, targets_dir)) for name in subject.entries])
+    return _on_hosts(Path(build), subject, names(hosts), ssh_config, targets_dir, bool(targets), measure, progress)
+
+
+def _on_hosts(
+    build: Path,
+    subject: _Subject,
+    hosts: Sequence[str],
+    ssh_config: Path | None,
+    targets_dir: Path | None,
+    asked: bool,
+    measure: Callable[[str, BenchHost, Progress], dict[str, Any]],
+    progress: Progress,
+) -> dict[str, Any]:
+    """The document of every target on every host that is a machine of its kind.
+
+    asked: the targets were named; else those that a host cannot run are passed over, but not all.
+    """
+    from edgekit.bench.document import merged
+    from edgekit.bench.several import each
+    from edgekit.deploy import remote
+
+    goals = {name: load_target(name, targets_dir) for name in subject.entries}
+
+    def one(host: str, tell: Progress) -> list[dict[str, Any]]:
+        found, unfit = [], []
+        with remote.site(host, ssh_config, build) as place:
+            for name, goal in goals.items():
+                try:
+                    there = place.prepared(goal, subject.entries[name], tell)
+                except DeviceError as error:
+                    if asked:
+                        raise
+                    unfit.append(error)
+                    continue
+                found.append(measure(name, there, tell))
+        if not found:
+            raise unfit[0]
+        return found
+
+    done, failed = each(hosts, one, progress)
+    document = merged([document for found in done.values() for document in found])
+    errors = [{"host": host, "error": str(e), "exit_code": e.exit_code} for host, e in failed.items()]
+    return {**document, "failed": errors}
+
+
+def _why_untimed(target: str, targets_dir: Path | None) -> str | None:
+    from edgekit import candidates
+
+    why = candidates.elsewhere(target, targets_dir)
+    return None if why is None else f"{why}; give --host user@device"
+
+
+def _check_hosts(
+    hosts: Sequence[str], ssh_config: Path | None, build: Path | str, beside: Sequence[Path | str]
+) -> None:
+    """What does not go together, before anything slow."""
+    if ssh_config is not None and not hosts:
+        raise UsageError("--ssh-config is for --host", "name a device with --host, or leave it out")
+    if hosts and not Path(build).is_dir():
+        raise UsageError(f"--host measures builds, '{build}' is none", "run `edgekit convert MODEL -t TARGET` first")
+    if hosts and beside:
+        raise UsageError("--with measures on this machine, --host elsewhere", "leave one of them out")
 
 
 @dataclass(frozen=True)
@@ -93,8 +169,8 @@ class _Subject:
     results: Path | None
 
 
-def _subject(build: Path, targets: Sequence[str], beside: Sequence[Path]) -> _Subject:
-    """Everything that can be wrong with what is to be measured shows here."""
+def _subject(build: Path, targets: Sequence[str], beside: Sequence[Path], *, here: bool = True) -> _Subject:
+    """Everything that can be wrong with what is to be measured shows here. here: it runs on this machine."""
     from edgekit import candidates
     from edgekit.bench.results import RESULTS_FILE
     from edgekit.model import Signature
@@ -121,7 +197,7 @@ def _subject(build: Path, targets: Sequence[str], beside: Sequence[Path]) -> _Su
     called = candidates.labels([m.path for m in models])
     entries = {}
     for name in dict.fromkeys(m.target for m in manifests.values()):
-        own = [candidates.of_artifact(path, m) for path, m in manifests.items() if m.target == name]
+        own = [candidates.of_artifact(path, m, here=here) for path, m in manifests.items() if m.target == name]
         files = [candidates.of_file(m, label, name, BESIDE) for m, label in zip(models, called, strict=True)]
         entries[name] = [*own, *(candidates.fitted(e, wanted) for e in files)]
     told = None if first.preprocessing is None else Preprocessing.from_json(first.preprocessing)
@@ -141,8 +217,8 @@ def report(build: Path | str, *, out: Path | str | None = None, kind: str | None
 
 
 def latest_document(root: Path) -> dict[str, Any]:
-    """The bench document of the newest measurements of each target in `results.jsonl`."""
-    from edgekit.bench.document import document
+    """The bench document of the newest measurements of each target on each host in `results.jsonl`."""
+    from edgekit.bench.document import document, merged
     from edgekit.bench.results import RESULTS_FILE, latest, read
 
     path = root / RESULTS_FILE
@@ -150,10 +226,30 @@ def latest_document(root: Path) -> dict[str, Any]:
         raise ArtifactError(f"nothing was measured in '{root}' yet", f"run `edgekit bench {root}`")
     notes: list[str] = []
     measured = read(path, notes.append)
-    by_target = {name: [m for m in measured if m.target == name] for name in dict.fromkeys(m.target for m in measured)}
-    merged = _merged([document(latest(lines)) for lines in by_target.values()])
-    rows = [{**row, "blame": _blame(root, row)} for row in merged["artifacts"]]
-    return {**merged, "artifacts": rows, "warnings": [*merged["warnings"], *notes, *_outdated(root, merged)]}
+    newest = latest(measured)
+    groups = dict.fromkeys((m.target, m.host) for m in newest)
+    whole = merged([document([m for m in newest if (m.target, m.host) == group]) for group in groups])
+    rows = [{**row, "blame": _blame(root, row)} for row in whole["artifacts"]]
+    return {**whole, "artifacts": rows, "warnings": [*whole["warnings"], *notes, *_outdated(root, whole)]}
+
+
+def ship_of(root: Path, target: str, host: str | None) -> tuple[str, str] | None:
+    """(candidate id, why) of the newest verdict on `target`: on that host, else on the others, the newest first.
+
+    None where nothing was measured yet, or no verdict names one.
+    """
+    from edgekit.bench.document import document
+    from edgekit.bench.results import RESULTS_FILE, latest, read
+
+    if not (root / RESULTS_FILE).is_file():
+        return None
+    newest = [m for m in latest(read(root / RESULTS_FILE)) if m.target == target]
+    order = sorted({m.host: m.taken for m in newest}.items(), key=lambda one: one[1], reverse=True)
+    for name, _ in sorted(order, key=lambda one: one[0] != host):
+        (found,) = document([m for m in newest if m.host == name])["verdict"].values()
+        if found["ship"] is not None:
+            return found["ship"], f"the best measured on {name or 'this machine'}"
+    return None
 
 
 def _blame(root: Path, row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
@@ -271,15 +367,3 @@ def _probe(dataset: Dataset, manifests: Mapping[Path, artifact.Manifest], progre
     with verify.opened(backends.get(manifest.backend), path) as worker:
         told = probe(worker.infer, dataset.bind(sig), classes, batch=batch_of(sig) or verify.BATCH)
     return None if told is None else told.message()
-
-
-def _merged(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One document for several targets, measured one after the other on the same machine: their warnings together."""
-    merged = dict(documents[-1])
-    machine = [w for d in documents for w in d["machine"].get("warnings") or ()]
-    merged["machine"] = {**merged["machine"], "before": documents[0]["machine"].get("before")}
-    merged["machine"]["warnings"] = list(dict.fromkeys(machine))
-    merged["warnings"] = list(dict.fromkeys(w for d in documents for w in d["warnings"]))
-    merged["artifacts"] = [row for d in documents for row in d["artifacts"]]
-    merged["verdict"] = {name: v for d in documents for name, v in d["verdict"].items()}
-    return merged

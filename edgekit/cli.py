@@ -253,6 +253,10 @@ def convert(as_json: bool, **given: Any) -> None:
 @click.option("--profile", is_flag=True, help="Time per layer, where the runtime gives it.")
 @click.option("--max-accuracy-drop", type=click.FloatRange(0, 1), default=0.01, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--host", "hosts", multiple=True, metavar="USER@NAME", help="Measure on this device; several: at the same time."
+)
+@click.option("--ssh-config", type=click.Path(path_type=Path), help="An ssh configuration instead of your own.")
 @_data_options
 @_targets_option
 @_json_option
@@ -264,10 +268,13 @@ def bench(as_json: bool, **given: Any) -> None:
     with progress_bar(enabled=True) as progress:
         document = pipeline.bench(given.pop("build"), progress=progress, **_data_arguments(given))
     if as_json:
-        return _emit(document)
-    from edgekit.report.terminal import print_document
+        _emit(document)
+    else:
+        from edgekit.report.terminal import print_document
 
-    print_document(document)
+        print_document(document)
+    if document.get("failed"):
+        sys.exit(document["failed"][0]["exit_code"])
 
 
 @main.command()

@@ -1,0 +1,139 @@
+"""Measures on a device: all candidates of a target are installed there in one bundle, and workers run through ssh."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from edgekit.bench.client import THREAD_VARIABLES, Worker
+from edgekit.bench.entry import Entry
+from edgekit.deploy import bundle as bundles
+from edgekit.deploy import device as devices
+from edgekit.deploy import shipping
+from edgekit.deploy.ssh import Host, unreachable
+from edgekit.errors import ArtifactError, WorkerError
+from edgekit.report.progress import Progress
+from edgekit.target import Target
+
+_CHECK_S = 600.0  # an emulated device takes a minute to import a runtime
+_SSH_FAILED = 255  # ssh's own exit code for a connection that ended; all others are the remote command's
+_BY_SIGNAL = 128  # what a shell adds to the number of the signal that ended a command
+
+
+def site(name: str, config: Path | None, build: Path) -> DeviceSite:
+    """The device that ssh calls `name`, for what `build` holds."""
+    return DeviceSite(Host(name, config=config), build)
+
+
+class DeviceSite:
+    """One device; a context manager (bench.host.Site)."""
+
+    def __init__(self, host: Host, build: Path) -> None:
+        self._host, self._build = host, build
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._host.close()
+
+    def prepared(self, target: Target, entries: Sequence[Entry], progress: Progress) -> DeviceHost:
+        """Install the target's candidates, without what its manifest calls wrong."""
+        usable = tuple(entry.id for entry in entries if not entry.problems)
+        if not usable:
+            raise ArtifactError(
+                f"no artifact of {target.name} is right", f"run `edgekit bench {self._build}` for the reasons"
+            )
+        name = f"bench-{bundles.name_of(self._build)}-{target.name}"
+        device = devices.probe(self._host, name, bundles.PACKAGES)
+        shipping.check_target(target, device)
+        devices.check(device)
+        made = bundles.make(self._build, target, usable, device, name=name, progress=progress)
+        told = shipping.install(self._host, device, made, name, 0, progress, test=False)
+        return DeviceHost(self._host, device.facts, told["folder"], told["environment"], made.manifest["candidates"])
+
+
+class DeviceHost:
+    """A device with a bundle of candidates installed (bench.host.BenchHost).
+
+    facts: of its machine. folder: of the bundle there. environment: the bundle's, there. candidates: the manifest's.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        facts: Mapping[str, Any],
+        folder: str,
+        environment: str,
+        candidates: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        self._host, self._facts = host, dict(facts)
+        self._folder, self._python, self._candidates = folder, f"{environment}/bin/python", candidates
+
+    @property
+    def name(self) -> str:
+        return self._host.name
+
+    def facts(self) -> dict[str, Any]:
+        return dict(self._facts)
+
+    def state(self) -> dict[str, Any]:
+        return dict(self._host.call({"cmd": "state"})["state"])
+
+    def check(self, entry: Entry) -> str | None:
+        """The bundle's self-test, there: in a process of its own, as its workers are."""
+        command = self._host.command(_shell([self._python, f"{self._folder}/selftest.py", self._folder, entry.id]))
+        with tempfile.TemporaryFile() as stderr:
+            try:
+                done = subprocess.run(
+                    command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, timeout=_CHECK_S,
+                    check=False,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                raise WorkerError(f"no answer to the golden inputs on {self.name} in {_CHECK_S:.0f} s", "") from None
+            stderr.seek(0)
+            said = stderr.read().decode(errors="replace")
+        lines = [line for line in done.stdout.decode(errors="replace").splitlines() if line.startswith("{")]
+        if lines:
+            difference = json.loads(lines[-1])["difference"]
+            return None if difference is None else f"answers otherwise on {self.name} than here: {difference}"
+        if done.returncode == _SSH_FAILED:
+            raise unreachable(self.name, said)
+        last = ([line.strip() for line in said.splitlines() if line.strip()] or ["no word"])[-1]
+        raise WorkerError(f"does not run on {self.name}: {_how(done.returncode)}, {last[:400]}", "")
+
+    def worker(self, entry: Entry, threads: int, batch: int, profile: bool = False) -> Worker:
+        found = self._candidates[entry.id]
+        command = [self._python, f"{self._folder}/worker.py", "--runner", f"{self._folder}/{found['runner']}"]
+        command += ["--folder", f"{self._folder}/{found['folder']}", "--threads", str(threads), "--batch", str(batch)]
+        remote = _shell(["env", *(f"{v}={threads}" for v in THREAD_VARIABLES), *command, *(["--profile"] * profile)])
+        label = f"{entry.target}/{entry.id} on {self.name}"
+        return Worker(self._host.command(remote), label, ended=self._ended)
+
+    def _ended(self, status: int | None, said: str) -> str | None:
+        """A broken connection shows in the status of ssh, a worker that a signal ended in what the shell there adds."""
+        if status == _SSH_FAILED:
+            return f"the connection to {self.name} was lost" + (f" ({said})" if said else "")
+        if status is not None and status > _BY_SIGNAL:
+            return f"the worker died with {_how(status)}" + (f": {said}" if said else "")
+        return None
+
+
+def _shell(words: Sequence[str]) -> str:
+    """A command for any login shell. A shell stays its parent, as ssh tells a command that a signal ended no better
+    than a connection that broke; what that shell itself remarks on it would hide the command's last words."""
+    # the redirection in a subshell: dash makes a command's own ones in itself, and remarks there
+    script = f"exec 3>&2 2>/dev/null; (exec 2>&3 3>&-; exec {shlex.join(words)}); exit $?"
+    return f"exec sh -c {shlex.quote(script)}"
+
+
+def _how(status: int) -> str:
+    return f"signal {status - _BY_SIGNAL}" if status > _BY_SIGNAL else f"status {status}"
