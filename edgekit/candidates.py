@@ -124,6 +124,24 @@ def labels(paths: list[Path]) -> list[str]:
     return [p.name if [q.name for q in paths].count(p.name) == 1 else str(p) for p in paths]
 
 
+def told_labels(model: Model) -> list[str]:
+    """The names of the classes that a file brings along, one a line in the file that its metadata name; else none."""
+    import io
+    import zipfile
+
+    from edgekit.backends.tflite.metadata import read_metadata
+
+    told = read_metadata(cast(bytes, model.content))
+    name = next((o.labels_file for o in told.outputs if o.labels_file), None) if told is not None else None
+    if name is None:
+        return []
+    try:
+        with zipfile.ZipFile(io.BytesIO(cast(bytes, model.content))) as packed:
+            return packed.read(name).decode("utf-8").splitlines()
+    except (zipfile.BadZipFile, KeyError, UnicodeDecodeError):
+        return []
+
+
 def told_preprocessing(model: Model) -> Preprocessing | None:
     """The normalization that a file's metadata declare for its only input, if it changes anything."""
     from edgekit.backends.tflite.metadata import read_metadata

@@ -237,8 +237,8 @@ def open_dataset(
     spec: a path, `file.npz#array`, or `module:function`.
     preprocessing: what the samples need; without it, that of the TOML beside the data if there is one.
     label_column: column of a table, or array of a .npz, that holds the labels.
-    labels: for arrays a .npy or a text file with one label a line; for class folders and tables a text file with one
-    class name a line, in label order.
+    labels: for arrays a .npy or a text file with one label a line; for class folders, tables and arrays that have
+    class numbers a text file with one class name a line, in label order.
     Raises DatasetError, LabelError, MissingExtraError.
     """
     how = declared_preprocessing(spec) if preprocessing is None else preprocessing
@@ -346,6 +346,8 @@ def _with_labels(reader: Reader, labels: Path, name: str) -> Reader:
         try:
             values = np.array([float(t) for t in lines])
         except ValueError as error:
+            if isinstance(reader, ArrayReader) and reader.labelled:
+                return replace(reader, classes=lines)
             raise LabelError(f"labels '{labels}' are no numbers", "give one number a line, or a .npy") from error
         column = MemoryColumn(values.astype(np.int64) if (values == np.rint(values)).all() else values)
     if column.shape[0] != reader.samples:
@@ -391,7 +393,7 @@ def _windows(reader: Reader, bound: tuple[InputBinding, ...]) -> Reader:
         )
     if column.shape[0] <= length:
         raise DatasetError(f"{column.shape[0]} tokens are less than one window of {length} and its label", "give more")
-    return WindowReader(bound[0].key, column, length)
+    return WindowReader(bound[0].key, column, length, reader.classes)
 
 
 def _with_channels(reader: Reader, bound: tuple[InputBinding, ...], how: Preprocessing) -> Reader:

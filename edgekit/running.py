@@ -96,7 +96,7 @@ def answers(
         how = model.how if declared is None else Preprocessing.from_toml(declared).to_json()
         with transforming():
             model.how = Preprocessing.from_json(transform.merged(how, preprocessing or {})).to_json()
-        model.labels = read_labels(str(labels)) if labels is not None else model.labels
+        model.labels = read_labels(str(labels), model) if labels is not None else model.labels
         remark(f"{model.name}: {ready.why}")
         if stream is not None:
             program.answer_stream(stream, model, top, as_json, say)
@@ -224,7 +224,8 @@ def _file(path: Path, threads: int) -> _Found:
     told = candidates.told_preprocessing(read)
     signature = entry.signature.to_json()
     how = {} if told is None else told.to_json()
-    model = Model(path.name, program.closed, signature["inputs"], signature["outputs"], how)
+    labels = candidates.told_labels(read)
+    model = Model(path.name, program.closed, signature["inputs"], signature["outputs"], how, labels)
     return _Found(model, _local(entry.runner, path, model, threads), entry.notes[0])
 
 

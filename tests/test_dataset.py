@@ -537,3 +537,23 @@ def _large(folder: Path, form: str, n: int) -> Path:
     if form.endswith("npy"):
         return _npy(path.with_suffix(".npy"), x)
     return save(path.with_suffix(".npz"), form == "deflated", x=x)
+
+
+def test_names_of_classes_may_stand_in_a_file_or_beside_the_arrays(tmp_path: Path) -> None:
+    x, y = np.zeros((3, 2), np.float32), np.array([0, 1, 1])
+    np.savez(tmp_path / "d.npz", x=x, y=y)
+    (tmp_path / "names.txt").write_text("café\nhot dog\n", encoding="utf-8")
+    named = open_dataset(tmp_path / "d.npz", labels=tmp_path / "names.txt")
+    assert named.classes == ("café", "hot dog")
+    np.testing.assert_array_equal(next(named.batches(3)).labels, y)
+    np.savez(tmp_path / "n.npz", x=x, y=y, classes=np.array(["a", "b"]))
+    assert open_dataset(tmp_path / "n.npz").classes == ("a", "b")
+    np.savez(tmp_path / "u.npz", x=x)
+    with pytest.raises(LabelError, match="no numbers"):
+        open_dataset(tmp_path / "u.npz", labels=tmp_path / "names.txt")
+
+
+def test_windows_of_tokens_keep_the_vocabulary(tmp_path: Path) -> None:
+    np.savez(tmp_path / "t.npz", x=np.arange(9) % 3, vocab=np.array(["\n", " ", "a"]))
+    sig = Signature((TensorSpec("ids", "int64", ("n", 4)),), (TensorSpec("y", "float32", ("n", 4, 3)),))
+    assert open_dataset(tmp_path / "t.npz").bind(sig).classes == ("\n", " ", "a")

@@ -18,6 +18,8 @@ from edgekit.errors import DatasetError
 Array = np.ndarray[Any, Any]
 
 LABEL_KEYS = ("y", "labels", "label")
+NAME_KEYS = ("classes", "class_names", "vocab")
+"""Arrays of text that name the classes or the tokens, in their order."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from edgekit.errors import DatasetError
-from edgekit.readers import LABEL_KEYS, Array, Chunk, groups, reading, runs
+from edgekit.readers import LABEL_KEYS, NAME_KEYS, Array, Chunk, groups, reading, runs
 
 _DISCARD_BYTES = 1 << 16
 _KINDS = "biuf"  # numpy dtype kinds that a model can take
@@ -233,7 +233,17 @@ def _open_npz(path: Path, key: str | None, label_key: str | None) -> ArrayReader
         raise DatasetError(f"data '{path}' have no numeric array besides the labels", listed)
     if len({c.shape[0] for c in columns.values()}) > 1:
         raise DatasetError(f"arrays of data '{path}' differ in length", f"choose one as '{path.name}#NAME'; {listed}")
-    return ArrayReader(columns, labels, key)
+    return ArrayReader(columns, labels, key, _names(path, names))
+
+
+def _names(path: Path, names: list[str]) -> tuple[str, ...]:
+    """The names of classes or tokens that a .npz holds, or none."""
+    for name in names:
+        column = _open_header(path, name) if name in NAME_KEYS else None
+        if column is not None and column.dtype.kind == "U" and len(column.shape) == 1 and column.shape[0] > 0:
+            with reading(path), np.load(path, allow_pickle=False) as stored:
+                return tuple(str(text) for text in stored[name])
+    return ()
 
 
 def _label_name(names: list[str], key: str | None) -> str | None:

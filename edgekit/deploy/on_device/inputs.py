@@ -175,8 +175,21 @@ def tokens(text: str, model: Model) -> Given:
     return Given({spec["name"]: np.array([found], np.int64)}, last=len(found) - 1, notes=notes)
 
 
-def read_labels(path: str) -> list[str]:
+def read_labels(path: str, model: Model) -> list[str]:
     """Names, one a line; or a .json list, for names that are no line (a space, a line break)."""
+    found = _names(path)
+    sizes = [s["shape"][-1] if s["shape"] else 1 for s in model.outputs]
+    if (
+        len(found) not in sizes
+        and all(isinstance(size, int) for size in sizes)
+        and not (len(found) == 2 and 1 in sizes)
+    ):
+        told = " and ".join(str(size) for size in sizes)
+        raise RunError(f"labels '{path}' name {len(found)} classes, the model has {told}", "give one name for each")
+    return found
+
+
+def _names(path: str) -> list[str]:
     with _reading(path), open(path, encoding="utf-8-sig") as file:
         text = file.read()
     if path.lower().endswith(".json"):

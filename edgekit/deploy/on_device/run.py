@@ -10,12 +10,13 @@ for each sample], "notes": [text]}, or {"schema", "input", "candidate", "error",
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -244,8 +245,9 @@ def open_bundle(folder: str, threads: int | None) -> Model:
     """The model that a bundle ships, loaded. Raises RunError."""
     model, entry, usual = read_bundle(folder)
     try:
-        runner = _load(os.path.join(folder, entry["runner"]))
-        session = runner.open_session(os.path.join(folder, entry["folder"]), threads or usual, model.batch, False)
+        with _quiet():
+            runner = _load(os.path.join(folder, entry["runner"]))
+            session = runner.open_session(os.path.join(folder, entry["folder"]), threads or usual, model.batch, False)
     except Exception as error:  # whatever a runtime throws
         raise RunError(f"{model.name} cannot be opened: {one_line(error)}", "deploy it again") from error
 
@@ -257,6 +259,20 @@ def open_bundle(folder: str, threads: int | None) -> Model:
 
     model.infer = infer
     return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What a runtime tells of itself while it loads goes nowhere; its errors are exceptions."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def closed(feeds: Tensors) -> Tensors:
@@ -311,7 +327,7 @@ def main(arguments: Sequence[str] | None, answers: BinaryIO) -> int:
         except transform.TransformError as error:
             raise RunError(error.what, error.remedy) from error
         if given.labels:
-            model.labels = read_labels(given.labels)
+            model.labels = read_labels(given.labels, model)
         if given.stdin:
             answer_stream(sys.stdin.buffer, model, given.top, given.as_json, say)
         for path in given.inputs:
