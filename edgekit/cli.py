@@ -369,6 +369,60 @@ def run(build: Path, stdin: bool, host: str | None, ssh_config: Path | None, **g
 
 
 @main.command()
+@click.argument("build", type=click.Path(path_type=Path), required=False)
+@click.option("-t", "--target", help="Which target of the build (not needed if it has one).")
+@click.option(
+    "--host", "hosts", multiple=True, metavar="USER@NAME", help="The device, as ssh calls it; several go too."
+)
+@click.option("--candidate", metavar="ID", help="This one, such as tflite-int8, instead of the best that was measured.")
+@click.option("--name", help="What it is called on the device. Default: the model's file name.")
+@click.option("--keep", type=click.IntRange(0), default=2, show_default=True, help="Versions to keep for --rollback.")
+@click.option("--rollback", is_flag=True, help="Put the version before this one in use again.")
+@click.option("--remove", is_flag=True, help="Take it off the device.")
+@click.option("--list", "listing", is_flag=True, help="Show what the device is and what is installed there.")
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    metavar="FILE.tar",
+    help="Only write the bundle: a .tar, or a folder. BUILD may also be one that was written before.",
+)
+@click.option(
+    "--bundle-wheels/--online",
+    "wheels",
+    default=True,
+    show_default=True,
+    help="Bring the runtime's wheels along, or let the device fetch them with pip.",
+)
+@click.option("--service", is_flag=True, help="Bring a systemd user unit along.")
+@click.option("--sign", type=click.Path(path_type=Path), metavar="KEY", help="Sign the bundle with this ssh key.")
+@click.option("--verify", type=click.Path(path_type=Path), metavar="KEY.pub", help="Only a bundle signed by this key.")
+@click.option("--data", help="Samples for the self-test on the device; without, seeded ones.")
+@click.option("--device-python", metavar="3.11", help="With --bundle and no device to ask: the Python there.")
+@click.option("--folder", metavar="DIR", help="Where to put it on the device, instead of ~/.local/share/edgekit.")
+@click.option("--python", default="python3", show_default=True, help="The device's Python.")
+@click.option("--ssh-config", type=click.Path(path_type=Path), help="Instead of ~/.ssh/config.")
+@click.option("--ignore-clock", is_flag=True, help="Deploy though the device's clock is wrong.")
+@_targets_option
+@_json_option
+def deploy(as_json: bool, **given: Any) -> None:
+    """Install an artifact of BUILD on a device, test it there and put it in use."""
+    from edgekit.deploy import shipping
+    from edgekit.report.progress import progress_bar
+
+    with progress_bar(enabled=True) as progress:
+        document = shipping.command(progress=progress, **given)
+    if as_json:
+        _emit(document)
+    else:
+        from edgekit.report.devices import print_deployed
+
+        print_deployed(document)
+    failed = [row["exit_code"] for row in document["hosts"] if row["status"] == "failed"]
+    if failed:
+        sys.exit(failed[0])
+
+
+@main.command()
 @click.argument("build", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write here instead of to the terminal.")
 @click.option(

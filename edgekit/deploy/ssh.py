@@ -124,7 +124,7 @@ class Host:
             replies: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
             threading.Thread(target=_listen, args=(cast(IO[bytes], process.stdout), replies), daemon=True).start()
             try:
-                _feed(process, [*_sources(), json.dumps(told).encode() + b"\n"], payload, replies, progress, self.name)
+                _feed(process, [*_sources(), json.dumps(told).encode() + b"\n"], payload, replies, progress)
                 reply = self._reply(replies, progress)
                 code = process.wait(timeout=_ALIVE_S * _ALIVE_COUNT)
             except subprocess.TimeoutExpired:
@@ -146,7 +146,7 @@ class Host:
                 raise HostError(f"{self.name} says nothing for {_SILENT_S:.0f} s", "try again") from None
             if message is None or "ok" in message:
                 return message
-            _tell(message, progress, self.name)
+            _tell(message, progress)
 
     def _options(self) -> list[str]:
         ssh = shutil.which("ssh")
@@ -259,7 +259,6 @@ def _feed(
     payload: Iterable[bytes],
     replies: queue.SimpleQueue[dict[str, Any] | None],
     progress: Progress,
-    name: str,
 ) -> None:
     """Write everything; a device that has heard enough closes, and its reply says why."""
     stdin = cast(IO[bytes], process.stdin)
@@ -273,7 +272,7 @@ def _feed(
                     if message is None or "ok" in message:
                         waiting.append(message)
                     else:
-                        _tell(message, progress, name)
+                        _tell(message, progress)
         stdin.flush()
     with contextlib.suppress(OSError):
         stdin.close()
@@ -281,10 +280,10 @@ def _feed(
         replies.put(message)
 
 
-def _tell(message: Mapping[str, Any], progress: Progress, name: str) -> None:
+def _tell(message: Mapping[str, Any], progress: Progress) -> None:
     if "progress" in message:
         stage, done, total = message["progress"]
-        progress(f"{name}: {stage}", done, total)
+        progress(stage, done, total)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
