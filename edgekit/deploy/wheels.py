@@ -95,6 +95,10 @@ class Wheel:
     sha256: str
     size_bytes: int
 
+    def told(self, usual: str) -> str:
+        """The version, with the package's name where it is not the usual one."""
+        return self.version if self.name == usual else f"{self.name} {self.version}"
+
     @property
     def glibc(self) -> str | None:
         tags = self.path.name.removesuffix(".whl").rsplit("-", 1)[1].split(".")
@@ -104,7 +108,7 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Chosen:
-    """wheels: in order of names. requirements: "name==version" of each, for a device that fetches them itself.
+    """wheels: in order of names. versions: of the runtime, by backend. requirements: for a device that fetches wheels.
 
     system_packages: import name -> versions that the device's own Python must have. notes: for the user.
     """
@@ -112,11 +116,8 @@ class Chosen:
     wheels: tuple[Wheel, ...]
     versions: Mapping[str, str]
     system_packages: Mapping[str, str]
+    requirements: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-
-    @property
-    def requirements(self) -> list[str]:
-        return [f"{name}=={version}" for name, version in sorted(self.versions.items())]
 
     @property
     def glibc(self) -> str | None:
@@ -131,19 +132,30 @@ def choose(
     spec: DeviceSpec | None = None,
     *,
     images: bool = False,
+    online: bool = False,
     progress: Progress = silent,
 ) -> Chosen:
     """The wheels for the backends called `names` on a device. images: with pillow, where there is a wheel of it.
+    online: the device fetches them itself, and what it shall fetch is all that is chosen.
 
     Of each package the version that is installed here, else the newest with a wheel for that Python. Raises WheelError
     where there is none, DeviceError where the device lacks what it must have itself.
     """
     _check_device(device)
     system = dict(spec.system_packages) if spec is not None else {}
-    _check_system_packages(device, system)
-    found: dict[str, Wheel] = {}
+    check_system_packages(device, system)
+    packages = _packages(names, spec, system)
     notes: list[str] = []
-    for package, exact in _packages(names, spec, system):
+    if images and system:  # where wheels are not to be had
+        notes.append(f"to run on image files, on {device.host}: sudo apt install python3-pil")
+    elif images:
+        packages.append((PILLOW, None))
+    if online:
+        asked = {package: _newest(package, exact) for package, exact in packages}
+        versions = {name: asked[_runtime(name, spec)] for name in names}
+        return Chosen((), versions, system, tuple(sorted(asked.values())), tuple(notes))
+    found: dict[str, Wheel] = {}
+    for package, exact in packages:
         progress(f"fetch {package} for Python {device.python} on {device.arch}", 0, 0)
         with _LOCK:
             wheel = _fetched(package, exact, device)
@@ -152,17 +164,24 @@ def choose(
         if exact is None and here is not None and here != wheel.version:
             told = f"{package} {wheel.version} on {device.host}, {here} here"
             notes.append(f"{told}: that has no wheel for its Python {device.python}")
-    if images and system:  # where wheels are not to be had
-        notes.append(f"to run on image files, on {device.host}: sudo apt install python3-pil")
-    elif images:
-        with _LOCK:
-            found[PILLOW] = _fetched(PILLOW, None, device)
     return Chosen(
         wheels=tuple(found[name] for name in sorted(found)),
-        versions={name: wheel.version for name, wheel in found.items()},
+        versions={name: found[_runtime(name, spec)].told(backends.get(name).WHEELS[0]) for name in names},
         system_packages=system,
         notes=tuple(notes),
     )
+
+
+def _runtime(backend: str, spec: DeviceSpec | None) -> str:
+    """The package that the backend's runtime comes in, there."""
+    told = spec.runtime(backend) if spec is not None else None
+    return backends.get(backend).WHEELS[0] if told is None else told[0]
+
+
+def _newest(package: str, exact: str | None) -> str:
+    """What the device shall ask for: the version here, or the newest before it that has a wheel for its Python."""
+    here = _installed(package)
+    return f"{package}=={exact}" if exact else f"{package}<={here}" if here else package
 
 
 def _packages(names: Sequence[str], spec: DeviceSpec | None, system: Mapping[str, str]) -> list[tuple[str, str | None]]:
@@ -187,7 +206,7 @@ def _check_device(device: DeviceFacts) -> None:
         )
 
 
-def _check_system_packages(device: DeviceFacts, wanted: Mapping[str, str]) -> None:
+def check_system_packages(device: DeviceFacts, wanted: Mapping[str, str]) -> None:
     """Where the device was looked at, it must have what no wheel exists for."""
     for name, text in wanted.items():
         if name not in device.packages:
