@@ -9,6 +9,7 @@ import contextlib
 import json
 import shlex
 import subprocess
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,8 @@ _ERRORS: Mapping[str, type[EdgekitError]] = {
     "image": ImageError,
     "pillow": MissingExtraError,
 }
-_CONNECT_S = 60.0  # to read a file of some kilobytes from a device
+_FETCH_S = 60.0  # for a file of some kilobytes from a device
+_SSH_FAILED = 255  # ssh's own exit code for a connection that ended; all others are the remote command's
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,10 @@ def opened(
         if candidate is not None:
             raise UsageError("--candidate with --host", "what is deployed there runs; `edgekit deploy` chooses it")
         found = _deployed(host, path, name)
+    elif path.is_file() and path.suffix.lower() == ".tar":
+        with _unpacked(path) as folder, opened(folder, target, candidate=candidate, threads=threads) as ready:
+            yield ready
+        return
     elif path.is_file():
         found = _file(path, threads)
     elif not (path / artifact.MANIFEST).is_file():
@@ -229,6 +235,21 @@ def _file(path: Path, threads: int) -> _Found:
     return _Found(model, _local(entry.runner, path, model, threads), entry.notes[0])
 
 
+@contextlib.contextmanager
+def _unpacked(path: Path) -> Iterator[Path]:
+    """A bundle in a .tar as a folder, without the device's wheels, for as long as the context lasts."""
+    with tempfile.TemporaryDirectory(prefix="edgekit-run-") as folder:
+        try:
+            with tarfile.open(path) as packed:
+                wanted = [m for m in packed.getmembers() if not m.name.startswith("wheels/")]
+                packed.extractall(folder, wanted, filter="data")
+        except (OSError, tarfile.TarError) as error:
+            raise BundleError(f"'{path}' cannot be unpacked: {error}", "make it again") from error
+        if not program.is_bundle(folder):
+            raise BundleError(f"'{path}' is no bundle", "make one with `edgekit deploy --bundle`")
+        yield Path(folder)
+
+
 def _bundle(folder: Path, threads: int) -> _Found:
     """A bundle's folder, with its own runner."""
     model, entry, _ = program.read_bundle(str(folder))
@@ -242,10 +263,11 @@ def _local(runner: Path, folder: Path, model: Model, threads: int) -> Worker:
 
 def _deployed(host: Host, build: Path, name: str | None) -> _Found:
     """What is in use on a device, in a worker there."""
-    from edgekit.bench.client import THREAD_VARIABLES
-    from edgekit.deploy import bundle as bundles
+    from edgekit.bench.entry import Entry
+    from edgekit.deploy.remote import DeviceHost
+    from edgekit.model import Signature
 
-    slot = name or bundles.name_of(build)
+    slot = name or _name_of(build)
     reply = host.call({"cmd": "probe"})
     there = reply["slots"].get(slot) or {}
     if there.get("current") is None or "environment" not in there:
@@ -254,31 +276,50 @@ def _deployed(host: Host, build: Path, name: str | None) -> _Found:
         )
     folder = f"{reply['folder']}/slots/{slot}/{there['current']}"
     manifest = _fetched(host, f"{folder}/{artifact.MANIFEST}")
-    model, entry = program.shipped(manifest, ())
-    model.pixels = _fetched(host, f"{folder}/{entry['folder']}/{artifact.MANIFEST}").get("pixels", ())
+    with _told():
+        model, told = program.shipped(manifest, ())
+    model.pixels = _fetched(host, f"{folder}/{told['folder']}/{artifact.MANIFEST}").get("pixels", ())
+    entry = Entry(
+        target=manifest["target"],
+        backend=told["backend"],
+        precision=told["precision"],
+        variant=told["variant"],
+        path=Path(folder),
+        runner=Path(told["runner"]),
+        sha256=told["sha256"],
+        size_bytes=0,
+        signature=Signature.from_json(manifest),
+    )
+    device = DeviceHost(host, reply["facts"], folder, there["environment"], manifest["candidates"])
     threads = int(manifest.get("threads") or 1)
-    command = [f"{there['environment']}/bin/python", f"{folder}/worker.py", "--runner", f"{folder}/{entry['runner']}"]
-    command += ["--folder", f"{folder}/{entry['folder']}", "--threads", str(threads), "--batch", str(model.batch)]
-    remote = "exec " + shlex.join(["env", *(f"{v}={threads}" for v in THREAD_VARIABLES), *command])
-    why = f"deployed on {host.name} as '{slot}'"
-    return _Found(model, Worker(host.command(remote), f"{model.name} on {host.name}"), why)
+    return _Found(model, device.worker(entry, threads, model.batch), f"deployed on {host.name} as '{slot}'")
+
+
+def _name_of(build: Path) -> str:
+    """What a build or a bundle is called on devices."""
+    from edgekit.deploy.bundle import name_of
+    from edgekit.deploy.bundle_file import is_bundle, open_bundle
+
+    return str(open_bundle(build).manifest["name"]) if is_bundle(build) else name_of(build)
 
 
 def _fetched(host: Host, path: str) -> dict[str, Any]:
     """A JSON file of a device."""
-    with tempfile.TemporaryFile() as stderr:
+    from edgekit.deploy.ssh import unreachable
+
+    command = host.command(f"exec cat {shlex.quote(path)}")
+    with tempfile.TemporaryFile() as stderr:  # no pipe: the shared connection keeps it open
         try:
             done = subprocess.run(
-                host.command(f"exec cat {shlex.quote(path)}"),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                timeout=_CONNECT_S,
-                check=False,
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, timeout=_FETCH_S, check=False
             )
         except subprocess.TimeoutExpired:
-            raise HostError(f"{host.name}: no answer in {_CONNECT_S:.0f} s", "check the connection") from None
+            raise HostError(f"{host.name}: no answer in {_FETCH_S:.0f} s", "check the connection") from None
+        stderr.seek(0)
+        if done.returncode == _SSH_FAILED:
+            raise unreachable(host.name, stderr.read().decode(errors="replace"))
+    start = done.stdout.find(b"{")  # a login shell may greet first
     try:
-        return dict(json.loads(done.stdout))
+        return dict(json.loads(done.stdout[max(start, 0) :]))
     except ValueError as error:
         raise BundleError(f"{host.name}: cannot read '{path}'", "deploy it again") from error

@@ -44,7 +44,8 @@ RUN_SCHEMA = 1  # 1: first
 BUNDLE_SCHEMA = 1
 TOP = 5
 FAILED = 2  # exit code where an input cannot be answered
-_PADDING_MOVES = 0.05  # of the outputs' range: integer kernels that scale as they run move by 1 to 2 %
+# of the outputs' range. Where integer kernels scale as they run, padding moves the rest: a GPT in ONNX Runtime by .9 %
+_PADDING_MOVES = 0.05
 
 
 # --- running ---------------------------------------------------------------------------------------
