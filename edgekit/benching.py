@@ -62,7 +62,7 @@ def bench(
     from edgekit.bench.run import new_run_id, run_bench
 
     _check_hosts(hosts, ssh_config, build, beside)
-    subject = _subject(Path(build), names(targets), [Path(p) for p in beside], here=not hosts)
+    subject = _subject(Path(build), names(targets), [Path(p) for p in beside], targets_dir, here=not hosts)
     dataset = open_data(data, preprocessing or recorded(data, subject.preprocessing), label_column, labels)
     if dataset is not None:
         _check_labels(dataset, subject.signature)
@@ -169,7 +169,9 @@ class _Subject:
     results: Path | None
 
 
-def _subject(build: Path, targets: Sequence[str], beside: Sequence[Path], *, here: bool = True) -> _Subject:
+def _subject(
+    build: Path, targets: Sequence[str], beside: Sequence[Path], targets_dir: Path | None, *, here: bool
+) -> _Subject:
     """Everything that can be wrong with what is to be measured shows here. here: it runs on this machine."""
     from edgekit import candidates
     from edgekit.bench.results import RESULTS_FILE
@@ -197,7 +199,8 @@ def _subject(build: Path, targets: Sequence[str], beside: Sequence[Path], *, her
     called = candidates.labels([m.path for m in models])
     entries = {}
     for name in dict.fromkeys(m.target for m in manifests.values()):
-        own = [candidates.of_artifact(path, m, here=here) for path, m in manifests.items() if m.target == name]
+        of_target = [(path, m) for path, m in manifests.items() if m.target == name]
+        own = [candidates.of_artifact(path, m, here=here, targets_dir=targets_dir) for path, m in of_target]
         files = [candidates.of_file(m, label, name, BESIDE) for m, label in zip(models, called, strict=True)]
         entries[name] = [*own, *(candidates.fitted(e, wanted) for e in files)]
     told = None if first.preprocessing is None else Preprocessing.from_json(first.preprocessing)

@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 _MEASURABLE = frozenset(
     ["bool", "float16", "float32", "float64", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))]
 )
+_EXACTLY = "judged with exact arithmetic: this CPU's int8 kernels saturate, the target's do not"
 FILE_BACKEND = "tflite"  # whose runner opens published files
 
 
-def of_artifact(path: Path, manifest: artifact.Manifest, *, here: bool = True) -> Entry:
+def of_artifact(
+    path: Path, manifest: artifact.Manifest, *, here: bool = True, targets_dir: Path | None = None
+) -> Entry:
     """An artifact of a build. here: it is to run on this machine, which must be able to."""
     backend = backends.get(manifest.backend)
     parity = None if manifest.parity is None else dict(manifest.parity)
@@ -31,10 +34,12 @@ def of_artifact(path: Path, manifest: artifact.Manifest, *, here: bool = True) -
     install = backend.missing() if here else None
     if install:
         problems = (*problems, f"not run: needs {manifest.backend}: {install}")
-    elif here and _proved_elsewhere(manifest) and backend.saturates():
+    saturated = here and not install and _proved_elsewhere(manifest) and backend.saturates()
+    exact = backend.EXACT if saturated and elsewhere(manifest.target, targets_dir) is not None else None
+    if saturated and exact is None:
         problems = (
             *problems,
-            "made for CPUs whose int8 kernels do not saturate, as this one's do: measure there, or convert for this",
+            "made for CPUs whose int8 kernels do not saturate, as this one's do: convert it for this CPU",
         )
     return Entry(
         target=manifest.target,
@@ -49,7 +54,8 @@ def of_artifact(path: Path, manifest: artifact.Manifest, *, here: bool = True) -
         signature=Signature.from_json(manifest.signature),
         parity=parity,
         problems=problems,
-        notes=manifest.notes,
+        notes=(*manifest.notes, *((_EXACTLY,) if exact else ())),
+        environment=exact or {},
     )
 
 

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from edgekit import benching, pipeline
+from edgekit.backends import onnxruntime
 from edgekit.bench import machine, results
 from edgekit.bench.client import Worker
 from edgekit.bench.document import document, merged
@@ -371,6 +372,29 @@ def test_for_another_architecture_quality_is_judged_here_and_nothing_timed(
         assert row["reasons"][0] == "latency: this machine is s390x, the target is aarch64; give --host user@device"
     assert told["verdict"]["linux-arm64"]["ship"] is None
     assert benching.ship_of(root, "linux-arm64", None) is None
+
+
+@pytest.mark.parametrize("kind", ["s390x", "aarch64"])
+def test_a_cpu_that_saturates_judges_exactly_what_is_for_another(
+    build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Where it would run and be timed, it is refused instead."""
+    root, data = tmp_path / "build", str(build.parent / "data.npz")
+    pipeline.convert(build.parent / "m.onnx", ["linux-arm64"], data=data, out=root, precisions=["int8"])
+    monkeypatch.setattr(onnxruntime, "saturates", lambda: True)
+    monkeypatch.setattr(machine, "architecture", lambda: kind)
+    row = next(
+        r
+        for r in pipeline.bench(root, data=data, **QUICK)["artifacts"]
+        if (r["backend"], r["precision"]) == ("onnxruntime", "int8")
+    )
+    if kind == "aarch64":
+        assert not row["valid"]
+        assert "convert it for this CPU" in row["reasons"][0]
+    else:
+        assert row["valid"]
+        assert row["quality"]["accuracy"] > 0.9
+        assert any("exact arithmetic" in note for note in row["notes"])
 
 
 def test_on_a_machine_of_the_targets_kind_it_is_timed(

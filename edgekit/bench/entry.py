@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Entry:
     label: what a file is called that is measured for comparison and is no part of a build, else "".
     variant: "pruned", or "". pruning: what its manifest claims: shares of macs_kept and parameters_kept.
     fit: where its own inputs and outputs are not those of `signature`.
+    environment: of a worker on this machine, where that computes what the target does, at any speed.
     """
 
     target: str
@@ -68,6 +69,7 @@ class Entry:
     variant: str = ""
     pruning: dict[str, float] | None = None
     fit: Fit | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def id(self) -> str:

@@ -73,7 +73,8 @@ class LocalHost:
 
     def worker(self, entry: Entry, threads: int, batch: int, profile: bool = False) -> Worker:
         command = local_command(entry.runner, entry.path, threads, batch, profile)
-        return Worker(command, f"{entry.target}/{entry.id}", env=thread_environment(threads))
+        environment = {**thread_environment(threads), **entry.environment}
+        return Worker(command, f"{entry.target}/{entry.id}", env=environment)
 
 
 THIS_MACHINE = LocalHost()
