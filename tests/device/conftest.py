@@ -40,8 +40,8 @@ def arm64_device() -> Iterator[Device | RealPi]:
 
 @pytest.fixture(scope="session")
 def armhf_device() -> Iterator[Device]:
-    """A 32-bit system, emulated. Shared by all tests."""
-    with _device("armhf") as device:
+    """A 32-bit system, emulated, on the least processor that its programs are made for. Shared by all tests."""
+    with _device("armhf", cpu="cortex-a7") as device:
         yield device
 
 

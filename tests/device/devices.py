@@ -14,7 +14,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -24,6 +23,7 @@ from types import TracebackType
 from typing import Self
 
 from tests.device.prepare import NODES, QEMU, SYSTEMS, place
+from tests.device.processes import children, descendants, free_port, program
 
 FOLDER_VARIABLE = "EDGEKIT_DEVICES"
 USER = "pi"
@@ -36,6 +36,19 @@ _NATIVE = {"x86_64": "amd64", "aarch64": "arm64"}
 # ELF class and e_machine (ELF specification, "ELF Header") of the processors that QEMU is called for
 _ELF = {"arm64": ("qemu-aarch64", 2, 183), "armhf": ("qemu-arm", 1, 40)}
 _LIBRARIES = {"amd64": "x86_64-linux-gnu", "arm64": "aarch64-linux-gnu", "armhf": "arm-linux-gnueabihf"}
+
+
+_UNAME = """import os
+
+_uname = os.uname
+
+
+def uname():
+    return os.uname_result((*_uname()[:4], "{machine}"))
+
+
+os.uname = uname
+"""
 
 
 class DeviceError(Exception):
@@ -73,6 +86,7 @@ class Device:
     name: of a system of prepare.py. cpu: what QEMU emulates (`cortex-a76`: Raspberry Pi 5), else all that it can.
     disk_bytes: the size of the home's file system, else the host's. clock: what its programs see as an offset in
     seconds. python: "system", "none" (no python3 in PATH), or the path on the device of what `python3` shall be.
+    kernel: what its Python takes the machine for: a 64-bit kernel under 32-bit programs, which QEMU does not imitate.
 
     config, alias: `ssh -F config alias` logs in without a question. home: the home folder seen from here. local: its
     /usr/local. arch: as `uname -m` there says. emulated: whether QEMU runs it. log: what sshd says.
@@ -80,7 +94,7 @@ class Device:
 
     def __init__(
         self, name: str, *, cpu: str | None = None, disk_bytes: int | None = None, clock: int = 0,
-        python: str = "system",
+        python: str = "system", kernel: str | None = None,
     ) -> None:  # fmt: skip
         self.name, self.alias = name, f"edgekit-{name}"
         self._arch = SYSTEMS[name].arch
@@ -90,6 +104,7 @@ class Device:
         self._root = place(systems, name)
         self._emulator = place(systems, QEMU) / "usr/bin" / _ELF[self._arch][0] if self.emulated else None
         self._cpu, self._disk_bytes, self._clock, self._python = cpu, disk_bytes, clock, python
+        self._kernel = kernel
         self._process: subprocess.Popen[bytes] | None = None
         self.port = 0
 
@@ -121,7 +136,7 @@ class Device:
     def start(self) -> None:
         """Switch it on; after `stop`, with the same keys and the same port."""
         for _ in range(_TRIES if self.port == 0 else 1):
-            port = self.port or _free_port()
+            port = self.port or free_port()
             self._write_settings(port)
             self._boot()
             if self._await_listening(0):
@@ -186,12 +201,12 @@ class Device:
     def drop_connections(self) -> int:
         """End every connection without a word, as when the network goes; what it ran finds its pipes closed. The device
         goes on listening. Returns how many processes of sshd that were."""
-        dropped = [process for process in _descendants(self._sshd()) if _name(process) == "sshd"]
+        dropped = [process for process in descendants(self._sshd()) if program(process) == "sshd"]
         for process in dropped:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         end = time.monotonic() + _END_S
-        while any(_name(process) for process in dropped) and time.monotonic() < end:
+        while any(program(process) for process in dropped) and time.monotonic() < end:
             time.sleep(0.01)
         return len(dropped)
 
@@ -230,6 +245,12 @@ class Device:
                     (self.local / "bin" / program.name).symlink_to(f"/usr/bin/{program.name}")
         elif self._python != "system":
             (self.local / "bin/python3").symlink_to(self._python)
+        if self._kernel is not None:
+            for python in self._root.glob("usr/lib/python3.*"):
+                modules = self.local / "lib" / python.name / "dist-packages"
+                modules.mkdir(parents=True)
+                (modules / "kernel.py").write_text(_UNAME.format(machine=self._kernel))
+                (modules / "kernel.pth").write_text("import kernel\n")
         if self._emulator is not None:
             (self._folder / "binfmt").write_text(_registration(self._arch, self._emulator))
 
@@ -337,11 +358,11 @@ class Device:
         """The device's first process, as this machine numbers it."""
         if self._process is None:
             raise DeviceError(f"{self.name} is off")
-        return next(iter(_children(self._process.pid)))
+        return next(iter(children(self._process.pid)))
 
     def _sshd(self) -> int:
         """The sshd that listens."""
-        return next(child for child in _children(self.first_process()) if _name(child) == "sshd")
+        return next(child for child in children(self.first_process()) if program(child) == "sshd")
 
 
 class RealPi:
@@ -371,29 +392,3 @@ def _registration(arch: str, emulator: Path) -> str:
     mask = b"\xff" * 7 + bytes(9) + b"\xfe\xff\xff\xff"
     escaped = ["".join(f"\\x{byte:02x}" for byte in part) for part in (magic, mask)]
     return f":edgekit-{arch}:M::{escaped[0]}:{escaped[1]}:{emulator}:PF"
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def _children(process: int) -> Iterator[int]:
-    for task in Path(f"/proc/{process}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            yield from (int(word) for word in task.read_text().split())
-
-
-def _descendants(process: int) -> Iterator[int]:
-    for child in list(_children(process)):
-        yield from _descendants(child)
-        yield child
-
-
-def _name(process: int) -> str | None:
-    """Of the program, also under QEMU; None when there is no such process any more."""
-    try:
-        return Path(f"/proc/{process}/comm").read_text().strip()
-    except OSError:
-        return None

@@ -76,6 +76,13 @@ def test_armhf_is_32_bit_with_numpy(armhf_device: Device) -> None:
     assert _facts(armhf_device)["emulated"] == "qemu-arm"
 
 
+@pytest.mark.armhf
+def test_a_64_bit_kernel_under_32_bit_programs(make_device: MAKE) -> None:
+    ask = "import platform, struct; print(platform.machine(), struct.calcsize('P') * 8)"
+    device = make_device("armhf", kernel="aarch64")
+    assert _text(device, f'python3 -I -c "{ask}"').split() == ["aarch64", "32"]
+
+
 @pytest.mark.arm64
 def test_the_emulated_processor_can_be_chosen(make_device: MAKE) -> None:
     features = [set(_facts(make_device("arm64", cpu=cpu))["isa"]) for cpu in ("cortex-a72", "cortex-a76")]  # type: ignore[call-overload]
