@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
@@ -370,7 +371,9 @@ def _no_wheel(attempts: Sequence[str], device: DeviceFacts, said: str) -> WheelE
     latest = attempts[-1]
     if _exists(latest, device.arch, device.python, f"2.{_NEWEST_GLIBC}"):
         return WheelError(f"{what}: they need a newer glibc", "upgrade the device's system")
-    pythons = [p for p in _PYTHONS if p != device.python and _exists(latest, device.arch, p, device.glibc or "")]
+    with ThreadPoolExecutor() as pool:
+        known = pool.map(lambda python: _exists(latest, device.arch, python, device.glibc or ""), _PYTHONS)
+        pythons = [python for python, there in zip(_PYTHONS, known, strict=True) if there]
     if pythons:
         return WheelError(
             what, f"there are wheels for Python {', '.join(pythons)}: install one there, and give --python"
