@@ -162,7 +162,7 @@ def document(source: str, model: Model, top: int, stream: bool = False) -> tuple
             given = of_line(source, model) if stream else read(source, model)
             answers, outputs, notes = answer(given, model, top)
         except transform.TransformError as error:
-            raise RunError(error.what, _remedy(error), error.kind) from error
+            raise RunError(error.what, _remedy(error, model), error.kind) from error
         except MemoryError:
             raise RunError(f"'{source}' does not fit into memory", "give a smaller one") from None
         return {**head, "answers": answers, "notes": notes}, outputs
@@ -172,8 +172,13 @@ def document(source: str, model: Model, top: int, stream: bool = False) -> tuple
         return {**head, "error": error.what, "remedy": error.remedy}, {}
 
 
-def _remedy(error: transform.TransformError) -> str:
-    return "python -m pip install pillow, here" if error.kind == "pillow" else error.remedy
+def _remedy(error: transform.TransformError, model: Model) -> str:
+    if error.kind == "pillow":
+        return "python -m pip install pillow, here"
+    if error.remedy.startswith("drop "):  # an option; here the model's own declaration asks
+        sizes = ", ".join(str(size) for size in model.inputs[0]["shape"][1:])
+        return f"give pictures, or samples of shape ({sizes})" if transform.geometric(model.how) else error.remedy
+    return error.remedy
 
 
 def answer_stream(source: Iterable[bytes], model: Model, top: int, as_json: bool, say: Callable[[str], None]) -> None:
