@@ -153,6 +153,7 @@ def _download(work: Path, suite: str, arch: str, packages: Sequence[str]) -> lis
     lines = [f'{key} "{apt / value}";' for key, value in own.items()]
     lines += [f'APT::Architecture "{arch}";', f'APT::Architectures {{ "{arch}"; }};', 'APT::Sandbox::User "root";']
     lines += ['Acquire::Languages "none";', "APT::Install-Recommends false;"]
+    lines += ['APT::Update::Error-Mode "any";']  # an index that is not there is an error, not a warning
     (apt / "apt.conf").write_text("\n".join([*_reach(), *lines]) + "\n")
     environment = {
         **os.environ,
@@ -269,7 +270,7 @@ def _run(command: Sequence[str], environment: dict[str, str] | None = None) -> s
         raise Failed(f"{command[0]}: {error.strerror}") from None
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.startswith("E:")] or done.stderr.splitlines()
-        raise Failed(f"{command[0]} failed: {' '.join(said)[:300]}")
+        raise Failed(f"{Path(command[0]).name} failed: {' '.join(said[:1])[:300]}")
     return done.stdout
 
 
@@ -281,15 +282,16 @@ def main(words: Sequence[str]) -> int:
     if unknown := [name for name in names if name not in USED]:
         print(f"no system '{unknown[0]}': there are {', '.join(USED)}", file=sys.stderr)
         return 2
-    failed = False
+    reasons: dict[str, list[str]] = {}
     with ThreadPoolExecutor(len(names)) as pool:
         for name, job in [(name, pool.submit(prepare, folder, name)) for name in names]:
             try:
                 job.result()
             except (Failed, OSError) as error:
-                failed = True
-                print(f"device system {name} not prepared: {error}", file=sys.stderr)
-    return int(failed)
+                reasons.setdefault(str(error), []).append(name)
+    for reason, without in reasons.items():
+        print(f"device system not prepared: {', '.join(without)}: {reason}", file=sys.stderr)
+    return int(bool(reasons))
 
 
 if __name__ == "__main__":

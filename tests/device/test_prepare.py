@@ -97,7 +97,7 @@ def test_what_fails_leaves_nothing(
 
     monkeypatch.setattr(prepare, "_download", download)
     assert prepare.main([str(tmp_path), "amd64"]) == 1
-    assert capsys.readouterr().err == "device system amd64 not prepared: no network\n"
+    assert capsys.readouterr().err == "device system not prepared: amd64: no network\n"
     assert [path.name for path in tmp_path.iterdir()] == [".lock-amd64"]
 
 
