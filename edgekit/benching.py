@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekit import artifact, backends
 from edgekit.arguments import names, open_data, recorded, thread_counts
-from edgekit.errors import ArtifactError, DeviceError, UnknownTargetError, UsageError
+from edgekit.errors import ArtifactError, UnknownTargetError, UsageError
 from edgekit.report.progress import Progress, silent
 from edgekit.target import PRECISIONS, candidate_id, load_target
 
@@ -94,7 +94,7 @@ def bench(
 
     if not hosts:
         return merged([measure(name, untimed=_why_untimed(name, targets_dir)) for name in subject.entries])
-    return _on_hosts(Path(build), subject, names(hosts), ssh_config, targets_dir, bool(targets), measure, progress)
+    return _on_hosts(Path(build), subject, names(hosts), ssh_config, targets_dir, measure, progress)
 
 
 def _on_hosts(
@@ -103,14 +103,10 @@ def _on_hosts(
     hosts: Sequence[str],
     ssh_config: Path | None,
     targets_dir: Path | None,
-    asked: bool,
     measure: Callable[[str, BenchHost, Progress], dict[str, Any]],
     progress: Progress,
 ) -> dict[str, Any]:
-    """The document of every target on every host that is a machine of its kind.
-
-    asked: the targets were named; else those that a host cannot run are passed over, but not all.
-    """
+    """The document of every host's targets: those that are for machines of its kind, where any is."""
     from edgekit.bench.document import merged
     from edgekit.bench.several import each
     from edgekit.deploy import remote
@@ -118,19 +114,12 @@ def _on_hosts(
     goals = {name: load_target(name, targets_dir) for name in subject.entries}
 
     def one(host: str, tell: Progress) -> list[dict[str, Any]]:
-        found, unfit = [], []
         with remote.site(host, ssh_config, build) as place:
-            for name, goal in goals.items():
-                try:
-                    there = place.prepared(goal, subject.entries[name], tell)
-                except DeviceError as error:
-                    if asked:
-                        raise
-                    unfit.append(error)
-                    continue
+            fitting = [name for name, goal in goals.items() if place.is_for(goal)] or list(goals)
+            found = []
+            for name in fitting:
+                there = place.prepared(goals[name], subject.entries[name], tell)
                 found.append(measure(name, there, tell))
-        if not found:
-            raise unfit[0]
         return found
 
     done, failed = each(hosts, one, progress)

@@ -344,6 +344,9 @@ class FakeSite:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def is_for(self, target: Target) -> bool:
+        return target.device is not None and target.device.arch == "aarch64"
+
     def prepared(self, target: Target, entries: Sequence[Entry], progress: Any) -> Elsewhere:
         if "gone" in self.name:
             raise HostError(f"{self.name}: it cannot be reached", "is it on?")

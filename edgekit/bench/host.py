@@ -52,6 +52,10 @@ class Site(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
+    def is_for(self, target: Target) -> bool:
+        """Whether the target is for machines of this kind."""
+        ...
+
     def prepared(self, target: Target, entries: Sequence[Entry], progress: Progress) -> BenchHost:
         """Bring the artifacts there. Raises DeviceError and its kin where the machine is not one of the target's."""
         ...

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from edgekit.bench import machine
 from edgekit.bench.client import THREAD_VARIABLES, Worker
 from edgekit.bench.entry import Entry
 from edgekit.deploy import bundle as bundles
@@ -36,6 +37,7 @@ class DeviceSite:
 
     def __init__(self, host: Host, build: Path) -> None:
         self._host, self._build = host, build
+        self._arch: str | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -44,6 +46,12 @@ class DeviceSite:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._host.close()
+
+    def is_for(self, target: Target) -> bool:
+        """By the architecture; a profile that names none is for machines like the one that makes its artifacts."""
+        if self._arch is None:
+            self._arch = devices.probe(self._host).arch
+        return self._arch == (machine.architecture() if target.device is None else target.device.arch)
 
     def prepared(self, target: Target, entries: Sequence[Entry], progress: Progress) -> DeviceHost:
         """Install the target's candidates, without what its manifest calls wrong."""
