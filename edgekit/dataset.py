@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekit import transform
-from edgekit.binding import InputBinding, LabelRule, class_labels, deliver, label_rule, match_inputs
+from edgekit.binding import InputBinding, LabelRule, class_labels, deliver, label_rule, match_inputs, output_classes
 from edgekit.errors import DatasetError, LabelError, NonFiniteError, ShapeError
 from edgekit.preprocessing import Preprocessing, find_file
 from edgekit.readers import Array, Chunk, Reader, reading
@@ -140,6 +140,14 @@ class Dataset:
         if self._bound and self._stored is not None:
             changed = replace(changed, _reader=_with_channels(self._stored, self._bound, preprocessing))
         return changed
+
+    def class_names(self, sig: Signature) -> tuple[str, ...]:
+        """Names of the model's classes; numbers where the labels are class numbers without names; else empty."""
+        count = output_classes(sig)
+        if self.classes or not self.labelled or not count or count < 2 or len(sig.outputs[0].shape) != 2:
+            return self.classes
+        _, first = next(iter(self.labels(1)))
+        return tuple(map(str, range(count))) if first.dtype.kind == "i" and first.ndim == 1 else ()
 
     @property
     def takes_floats(self) -> bool:

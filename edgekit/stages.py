@@ -397,7 +397,7 @@ class Conversion:
             parity=parity,
             tools={**_tools(), spec.backend: backends.get(spec.backend).version()},
             notes=tuple(notes),
-            labels=self._about.labels,
+            labels=self.bound.class_names(M.signature(model)) if self.dataset is not None else (),
             pixels=self._about.images,
         )
 

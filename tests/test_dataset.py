@@ -557,3 +557,15 @@ def test_windows_of_tokens_keep_the_vocabulary(tmp_path: Path) -> None:
     np.savez(tmp_path / "t.npz", x=np.arange(9) % 3, vocab=np.array(["\n", " ", "a"]))
     sig = Signature((TensorSpec("ids", "int64", ("n", 4)),), (TensorSpec("y", "float32", ("n", 4, 3)),))
     assert open_dataset(tmp_path / "t.npz").bind(sig).classes == ("\n", " ", "a")
+
+
+def test_classes_without_names_are_numbers(tmp_path: Path) -> None:
+    x = np.zeros((3, 2), np.float32)
+    for name, y, names in (
+        ("classes", np.array([0, 2, 1]), ("0", "1", "2", "3")),
+        ("reals", np.array([0.5, 2, 1]), ()),
+        ("several", np.zeros((3, 4)), ()),
+    ):
+        np.savez(tmp_path / f"{name}.npz", x=x, y=y)
+        model = sig(("x", 2), classes=4)
+        assert open_dataset(tmp_path / f"{name}.npz").bind(model).class_names(model) == names

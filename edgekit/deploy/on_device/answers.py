@@ -124,7 +124,7 @@ def _headline(told: Mapping[str, Any]) -> str:
 
 def _called(row: Mapping[str, Any]) -> str:
     label = row["label"]
-    if label is None:
+    if label is None or label == str(row["index"]):
         return f"class {row['index']}"
     return label if label.strip() == label and label.isprintable() and label else repr(label)
 
