@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.device.prepare import NODES, QEMU, SYSTEMS, place
+from tests.device.prepare import NODES, QEMU, SYSTEMS, hold, place
 from tests.device.processes import children, descendants, free_port, program
 
 FOLDER_VARIABLE = "EDGEKIT_DEVICES"
@@ -110,6 +110,7 @@ class Device:
 
     def __enter__(self) -> Self:
         self._folder = Path(tempfile.mkdtemp(prefix=f"{self.alias}-"))
+        self._held = hold(self._root)
         try:
             self._make_files()
             self.start()
@@ -128,6 +129,7 @@ class Device:
         self.stop()
         if not self._folder.exists():
             return
+        os.close(self._held)
         for path, _, _ in os.walk(self._folder):  # also what a test made read-only
             os.chmod(path, 0o700)
         shutil.rmtree(self._folder)

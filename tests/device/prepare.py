@@ -100,8 +100,26 @@ def prepare(folder: Path, name: str) -> Path:
             _remove(work)
         for old in folder.glob(f"{name}-*"):
             if re.fullmatch(f"{re.escape(name)}-[0-9a-f]{{12}}", old.name) and old != final:
-                _remove(old)
+                _remove_unused(old)
     return final
+
+
+def hold(system: Path) -> int:
+    """Keeps a finished system from being removed until the descriptor is closed, or this process ends."""
+    descriptor = os.open(system, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor
+
+
+def _remove_unused(system: Path) -> None:
+    descriptor = os.open(system, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _remove(system)
+    except BlockingIOError:
+        pass  # a device runs on it: a later preparation removes it
+    finally:
+        os.close(descriptor)
 
 
 def _remove(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,17 @@ def test_what_a_killed_run_left_and_older_systems_go(tmp_path: Path, unpacked: l
     prepare.prepare(tmp_path, "amd64")
     left = {path.name for path in tmp_path.iterdir() if path.is_dir()}
     assert left == {prepare.place(tmp_path, "amd64").name, "amd64-bullseye-0123456789ab"}
+
+
+def test_a_system_in_use_stays(tmp_path: Path, unpacked: list[Path]) -> None:
+    old = tmp_path / "amd64-0123456789ab"
+    old.mkdir()
+    held = prepare.hold(old)
+    prepare.prepare(tmp_path, "amd64")
+    assert old.is_dir()
+    os.close(held)
+    prepare._remove_unused(old)
+    assert not old.exists()
 
 
 def test_what_fails_leaves_nothing(
