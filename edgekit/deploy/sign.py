@@ -71,7 +71,7 @@ def _why_not_signed(key: Path, said: str) -> tuple[str, str]:
             f"the passphrase of '{key}' is not right",
             "try again, or add the key to ssh-agent and give its .pub file",
         )
-    if "bad permissions" in said or "UNPROTECTED" in said:
+    if key.suffix != ".pub" and key.stat().st_mode & 0o077 and ("No private key" in said or "bad permissions" in said):
         return f"others can read '{key}', ssh-keygen will not use it", f"chmod 600 {key}"
     if "agent" in said:
         return f"ssh-agent does not hold the key of '{key}': {said}", f"ssh-add {str(key).removesuffix('.pub')}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 # Operator -> for its versions 1, 2, ...: the minor number of the TensorFlow 2.x runtime that brought it; 0: a 1.x did.
-# tensorflow/lite/tools/versioning/runtime_version.cc as of TensorFlow 2.13
+# tensorflow/lite/tools/versioning/runtime_version.cc as of TensorFlow 2.13; versions 2 of EXP and RANGE are not in it, and
+# tflite-runtime 2.14 opens them
 _MINORS: Mapping[str, tuple[int, ...]] = {
     "ABS": (0, 4, 5, 6, 12), "ADD": (0, 0, 4, 6), "ADD_N": (0,), "ARG_MAX": (0, 0, 9), "ARG_MIN": (0, 0, 9),
     "ASSIGN_VARIABLE": (6,), "ATAN2": (10,), "AVERAGE_POOL_2D": (0, 0, 3), "BATCH_MATMUL": (3, 3, 4, 5),
@@ -15,7 +16,7 @@ _MINORS: Mapping[str, tuple[int, ...]] = {
     "CONV_2D": (0, 0, 0, 3, 4, 9, 11), "CONV_3D": (5,), "CONV_3D_TRANSPOSE": (6,), "COS": (0,), "CUMSUM": (4,),
     "DENSIFY": (2,), "DEPTHWISE_CONV_2D": (0, 0, 0, 2, 3, 3, 11), "DEPTH_TO_SPACE": (1, 5),
     "DEQUANTIZE": (0, 0, 0, 2, 7), "DIV": (0, 3), "DYNAMIC_UPDATE_SLICE": (9,), "ELU": (0,),
-    "EMBEDDING_LOOKUP": (0, 0, 0), "EMBEDDING_LOOKUP_SPARSE": (0,), "EQUAL": (0, 0, 3), "EXP": (0,),
+    "EMBEDDING_LOOKUP": (0, 0, 0), "EMBEDDING_LOOKUP_SPARSE": (0,), "EQUAL": (0, 0, 3), "EXP": (0, 14),
     "EXPAND_DIMS": (0,), "FAKE_QUANT": (0, 0), "FILL": (0, 3, 5, 12), "FLOOR": (0,), "FLOOR_DIV": (0, 0),
     "FLOOR_MOD": (0,), "FULLY_CONNECTED": (0, 0, 0, 0, 0, 1, 3, 3, 3, 11), "GATHER": (0, 0, 0, 4, 5),
     "GATHER_ND": (0, 3, 5), "GELU": (9, 9), "GREATER": (0, 0), "GREATER_EQUAL": (0, 0), "HARD_SWISH": (0,),
@@ -28,7 +29,7 @@ _MINORS: Mapping[str, tuple[int, ...]] = {
     "MIRROR_PAD": (0, 3, 12), "MUL": (0, 0, 0, 3, 6, 11), "MULTINOMIAL": (8,), "NEG": (0,),
     "NON_MAX_SUPPRESSION_V4": (1,), "NON_MAX_SUPPRESSION_V5": (1,), "NOT_EQUAL": (0, 0, 3), "ONE_HOT": (0,),
     "PACK": (0, 0, 3), "PAD": (0, 0, 4, 6), "PADV2": (0, 0, 4, 6), "POW": (0,), "PRELU": (0,),
-    "QUANTIZE": (0, 0, 7), "RANDOM_STANDARD_NORMAL": (8,), "RANDOM_UNIFORM": (8,), "RANGE": (0,), "RANK": (0,),
+    "QUANTIZE": (0, 0, 7), "RANDOM_STANDARD_NORMAL": (8,), "RANDOM_UNIFORM": (8,), "RANGE": (0, 14), "RANK": (0,),
     "READ_VARIABLE": (6,), "REAL": (5,), "REDUCE_ALL": (6,), "REDUCE_ANY": (0,), "REDUCE_MAX": (0, 0, 5),
     "REDUCE_MIN": (0, 0, 5), "REDUCE_PROD": (0, 6), "RELU": (0, 1, 5), "RELU6": (0, 0, 5), "RELU_0_TO_1": (10,),
     "RELU_N1_TO_1": (0,), "RESHAPE": (0,), "RESIZE_BILINEAR": (0, 0, 2, 5), "RESIZE_NEAREST_NEIGHBOR": (0, 0, 3, 4),
