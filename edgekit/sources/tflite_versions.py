@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 # Operator -> for its versions 1, 2, ...: the minor number of the TensorFlow 2.x runtime that brought it; 0: a 1.x did.
-# tensorflow/lite/tools/versioning/runtime_version.cc as of TensorFlow 2.13; versions 2 of EXP and RANGE are not in it, and
-# tflite-runtime 2.14 opens them
+# tensorflow/lite/tools/versioning/runtime_version.cc as of TensorFlow 2.13; version 2 of EXP and RANGE, which it
+# lacks, are in tflite-runtime 2.14
 _MINORS: Mapping[str, tuple[int, ...]] = {
     "ABS": (0, 4, 5, 6, 12), "ADD": (0, 0, 4, 6), "ADD_N": (0,), "ARG_MAX": (0, 0, 9), "ARG_MIN": (0, 0, 9),
     "ASSIGN_VARIABLE": (6,), "ATAN2": (10,), "AVERAGE_POOL_2D": (0, 0, 3), "BATCH_MATMUL": (3, 3, 4, 5),
