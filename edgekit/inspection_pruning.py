@@ -51,7 +51,7 @@ def inspect(
     for share in SHARES:
         tried = replace(step, budget=share)
         plan = tried.decide(found)
-        made, _ = tried.apply(model, plan, split.fit, progress)
+        made, _ = tried.apply(model, plan, split.learn, progress)
         progress("judge the pruned model", 0, 0)
         curve.append(
             {

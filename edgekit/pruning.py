@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SAMPLES = 512  # more help little: 2,000 gain under half a point on MobileNetV2
 CHOOSERS, LEAST = 128, 16
+WATCHERS = 48  # of those for fitting and choosing: enough to see that distillation overfits
 SENSIBLE = 128  # fewer samples cost 2 to 5 points
 JUDGES = 512
 COLLAPSED = 0.6  # share of equal classes below which nothing of the model is left to ship
@@ -111,10 +112,16 @@ def latency(text: str) -> Request:
 
 @dataclass(frozen=True)
 class Samples:
-    """fit: what layers are fitted on. choose: what channels are chosen by. judge: what neither has seen."""
+    """fit: what layers are fitted on to choose. choose: what channels are chosen by. judge: what neither has seen.
+
+    learn, watch: the first two divided anew once channels are chosen: what layers are fitted on at last, and what tells
+    whether training them goes too far.
+    """
 
     fit: Dataset
     choose: Dataset
+    learn: Dataset
+    watch: Dataset
     judge: Dataset
 
 
@@ -129,7 +136,11 @@ def samples(data: Dataset, seed: int) -> Samples:
     choose = min(CHOOSERS, int(0.2 * count))
     seen = data.take(fit + choose, seed)
     judge = data.rest(fit + choose, seed)
-    return Samples(seen.take(fit, seed), seen.rest(fit, seed), judge.take(JUDGES, seed))
+    watch = min(WATCHERS, choose // 2)
+    return Samples(
+        seen.take(fit, seed), seen.rest(fit, seed), seen.rest(watch, seed), seen.take(watch, seed),
+        judge.take(JUDGES, seed),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -193,7 +204,7 @@ def pruned(
 ) -> tuple[ir.Model, dict[str, Any], PruningPlan | None]:
     """(pruned model, {"pruning": its record, "told"}, plan). drop: accuracy that pruning may lose; None: whatever.
 
-    distill_s: seconds for which the float model teaches what is left, on the samples that layers are fitted on.
+    distill_s: seconds for which the float model teaches what is left, on the samples that layers are fitted on at last.
 
     model: float, folded. data: bound. Raises CollapsedError, BudgetError, DatasetError, UnsupportedOpError.
     """
@@ -218,7 +229,7 @@ def pruned(
             step = replace(step, budget=asked.share or 0.5, measure=asked.kind)  # type: ignore[arg-type]
             plan = step.plan(model, split.fit, split.choose, progress)
             _reached(plan)
-        made, _ = step.apply(model, plan, split.fit, progress)
+        made, _ = step.apply(model, plan, split.learn, progress)
         progress("judge the pruned model", 0, 0)
         found = verdict(model, made, split.judge)
     taught = None
@@ -239,7 +250,7 @@ def _distilled(
     from edgekit.passes.prune_channels import prepared_for_pruning
     from edgekit.recover import distill
 
-    return distill(prepared_for_pruning(model), made, split.fit, split.choose, seconds, seed, progress)
+    return distill(prepared_for_pruning(model), made, split.learn, split.watch, seconds, seed, progress)
 
 
 def _reached(plan: PruningPlan) -> None:
@@ -319,7 +330,7 @@ def _ladder(
     for share in LADDER:
         tried = replace(step, budget=share, measure="macs")
         plan = tried.decide(measured)
-        made, _ = tried.apply(model, plan, split.fit, progress)
+        made, _ = tried.apply(model, plan, split.learn, progress)
         found = verdict(model, made, split.judge)
         lost = found.loss()
         over = found.sqnr_db < -10 * np.log10(max(drop, 1e-9)) if lost is None else lost > drop

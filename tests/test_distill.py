@@ -15,9 +15,11 @@ from edgekit import errors, recover
 from edgekit import model as M
 from edgekit.dataset import Dataset, Preprocessing
 from edgekit.passes.fold import Fold
+from edgekit.passes.prune_channels import PruneChannels, prepared_for_pruning
 from edgekit.readers.arrays import ArrayReader, MemoryColumn
-from edgekit.sources import keras_trainer
+from edgekit.sources import keras_hints, keras_trainer
 from tests import models
+from tests import quantize_graphs as graphs
 from tests.test_sources_keras import keras_python  # noqa: F401 (a fixture)
 
 Array = np.ndarray[Any, Any]
@@ -99,6 +101,61 @@ def test_mixed_samples_lie_between_two_samples() -> None:
 )
 def test_the_strongest_way_is_taken_that_gains_enough(losses: dict[str, float], way: str) -> None:
     assert keras_trainer.chosen(losses, 1.0, 0.75) == way
+
+
+@pytest.mark.parametrize("axis", [1, 3])
+def test_the_channels_of_the_teacher_are_told_from_fewer(axis: int) -> None:
+    """Over two batches as numpy's least squares has it over all rows at once."""
+    rng = np.random.default_rng(0)
+    got = rng.normal(size=(12, 3, 4, 3)).astype(np.float32) + 2
+    mixing = rng.normal(size=(3, 7)).astype(np.float32)
+    last = np.moveaxis(got, axis, -1) @ mixing + rng.normal(size=(12, *np.moveaxis(got, axis, -1).shape[1:3], 7)) + 1
+    want = np.ascontiguousarray(np.moveaxis(last, -1, axis)).astype(np.float32)
+    moments = keras_hints.Moments(want[:8], got[:8])
+    for part in (slice(0, 8), slice(8, 12)):
+        moments.extend(want[part], got[part])
+    hint = moments.hint()
+    x = np.c_[np.moveaxis(got, axis, -1).reshape(-1, 3), np.ones(got.size // 3)]
+    best = np.linalg.lstsq(x, np.moveaxis(want, axis, -1).reshape(-1, 7), rcond=None)[0]
+    assert hint.axis == axis
+    np.testing.assert_allclose(hint.matrix, best[:3], atol=2e-3)
+    np.testing.assert_allclose(hint.shift, best[3], atol=5e-3)
+    assert hint.spread == pytest.approx(want.var(), rel=1e-5)
+
+
+def test_as_many_channels_are_compared_one_by_one() -> None:
+    want, got = (np.random.default_rng(seed).normal(size=(6, 5, 4)).astype(np.float32) for seed in (0, 1))
+    moments = keras_hints.Moments(want, got)
+    moments.extend(want, got)
+    hint = moments.hint()
+    assert hint.axis is None
+    assert hint.spread == pytest.approx(want.var(), rel=1e-5)
+
+
+def test_values_that_blocks_hand_on() -> None:
+    """A linear bottleneck, and a sum behind its activation; nothing within blocks, and nothing of other shapes."""
+
+    def net(inner: int, stream: int, pixels: int = 6) -> ir.Model:
+        weights = {
+            "w0": graphs.normal(stream, 3, 1, 1),
+            "w1": graphs.normal(inner, stream, 1, 1),
+            "w2": graphs.normal(stream, inner, 1, 1),
+        }
+        weights |= {"w3": graphs.normal(8, stream, 1, 1), "w4": graphs.normal(8, 8, 1, 1), "w5": graphs.normal(8, 4)}
+        nodes = [
+            graphs.node("Conv", ["x", "w0"], ["bottleneck"]),
+            graphs.node("Conv", ["bottleneck", "w1"], ["wide"]), graphs.node("Relu", ["wide"], ["active"]),
+            graphs.node("Conv", ["active", "w2"], ["narrow"]),
+            graphs.node("Conv", ["narrow", "w3"], ["raw"]), graphs.node("Relu", ["raw"], ["way"]),
+            graphs.node("Conv", ["way", "w4"], ["other"]),
+            graphs.node("Add", ["way", "other"], ["sum"]), graphs.node("Relu", ["sum"], ["handed"]),
+            graphs.node("GlobalAveragePool", ["handed"], ["mean"]), graphs.node("Flatten", ["mean"], ["flat"]),
+            graphs.node("Gemm", ["flat", "w5"], ["y"]),
+        ]  # fmt: skip
+        return Fold()(graphs.graph(nodes, {"x": ["n", 3, pixels, pixels]}, {"y": ["n", 4]}, weights), None)
+
+    assert recover.handed_on(net(12, 6), net(5, 4)) == ["bottleneck", "narrow", "handed"]
+    assert recover.handed_on(net(12, 6), net(5, 4, pixels=8)) == []
 
 
 def test_shared_constants_are_taken_apart_and_nothing_changes() -> None:
@@ -183,6 +240,20 @@ def test_a_student_comes_nearer_to_its_teacher_and_the_same_steps_give_the_same_
     assert set(out.graph.initializers) == set(student.graph.initializers)
     want, before, after = (_outputs(m, fresh)["y"] for m in (teacher, student, out))
     assert np.square(after - want).mean() < 0.5 * np.square(before - want).mean()
+
+
+@pytest.mark.slow
+def test_a_student_with_fewer_channels_follows_inner_values_too(keras_python: str) -> None:  # noqa: F811
+    model = Fold()(models.mobile_nhwc(), None)
+    data, held, fresh = (_data(model, n, seed) for n, seed in ((96, 0), (48, 1), (64, 2)))
+    step = PruneChannels(budget=0.6, multiple=1)
+    student, _ = step.apply(model, step.plan(model, data, held), data)
+    out, record = recover.distill(prepared_for_pruning(model), student, data, held, 60.0, steps=200)
+    assert record["hints"] == ["e"]
+    assert record["loss_after"] < record["loss_before"]
+    assert [v.name for v in out.graph.outputs] == ["y"]
+    want, before, after = (_outputs(m, fresh)["y"] for m in (model, student, out))
+    assert np.square(after - want).mean() < np.square(before - want).mean()
 
 
 @pytest.mark.slow

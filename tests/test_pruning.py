@@ -198,6 +198,10 @@ def test_samples_are_apart_and_too_few_are_refused(tmp_path: Path) -> None:
     split = samples(data, 0)
     ids = [set(part.sample_ids()) for part in (split.fit, split.choose, split.judge)]
     assert sum(map(len, ids)) == len(set.union(*ids)) == 500
+    learn, watch = (set(part.sample_ids()) for part in (split.learn, split.watch))
+    assert learn.isdisjoint(watch)
+    assert learn | watch == ids[0] | ids[1]
+    assert len(watch) == 48
     np.savez(tmp_path / "few.npz", x=np.zeros((9, 28, 28), np.uint8))
     with pytest.raises(DatasetError, match="9 samples are too few to prune with"):
         samples(open_dataset(tmp_path / "few.npz"), 0)

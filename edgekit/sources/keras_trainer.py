@@ -1,10 +1,11 @@
 """The process in which a student follows its teacher: `python keras_trainer.py`; answers as `keras_builder.py` does.
 
-    -> {task: "train", work, teacher, student, data, held, free, losses, settings}
+    -> {task: "train", work, teacher, student, data, held, free, losses, hints, settings}
     <- {stage}, {step: [done, total]}, …, {done: {…, weights: file.npz, outputs: file.npz, rows}}
 
-teacher, student: plans. data, held: .npy files, one for each input. free: for each weight of the student whether it is
-trained. losses: for each output what it is taken for. settings: see `Settings`.
+teacher, student: plans, the last `hints` outputs of which are inner values. data, held: .npy files, one for each input.
+free: for each weight of the student whether it is trained. losses: for each output what it is taken for. settings: see
+`Settings`.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ Say = Callable[[dict[str, Any]], None]
 class Settings:
     """rate: the step as a share of a tensor's RMS, at its highest; floor: of the RMS; warmup: steps until it is that.
 
-    temperature: softens distributions. average: of the mean of the weights over the last steps. batch: samples a step.
-    seconds: to train for; steps: how many instead, if not 0. seed. judged: how often the held samples are looked at.
+    temperature: softens distributions. hint: the weight of inner values against the outputs. average: of the mean of
+    the weights over the last steps. batch: samples a step. seconds: to train for; steps: how many instead, if not 0.
+    seed. judged: how often the held samples are looked at.
     ways: how samples may be altered, of "plain", "mixed", "moved", "mirrored", or several joined by "+", the mildest
     first; trial: share of the budget that each gets at first, if there are several; enough: see `chosen`.
     places: axes of height and width of the one input, if it is an image; shift: how far it is moved, as a share of
@@ -38,6 +40,7 @@ class Settings:
     floor: float
     warmup: int
     temperature: float
+    hint: float
     average: float
     batch: int
     seconds: float
@@ -150,14 +153,18 @@ class Trainer:
     """Adam whose step for each tensor is a share of the tensor's RMS.
 
     losses: for each output "values" (mean square over the teacher's variance), "scores" (that of what goes into the
-    Softmax, and the Kullback-Leibler divergence of softened distributions; Hinton et al. 2015) or "none".
+    Softmax, and the Kullback-Leibler divergence of softened distributions; Hinton et al. 2015) or "none". hinted:
+    whether both models give inner values behind these outputs.
     """
 
-    def __init__(self, teacher: Any, student: Any, variables: list[Any], settings: Settings, losses: list[str]) -> None:
+    def __init__(
+        self, teacher: Any, student: Any, variables: list[Any], settings: Settings, losses: list[str], *, hinted: bool
+    ) -> None:
         import numpy as np
         import tensorflow as tf
 
-        self.student, self.losses, self.settings = student, losses, settings
+        self.student, self.losses, self.settings, self.hinted = student, losses, settings, hinted
+        self.hints: list[Any] = []
         self.variables = [v.value for v in variables]
         self.scales = [max(float(np.sqrt(np.mean(np.square(v.numpy())))), settings.floor) for v in self.variables]
         self.first = [tf.Variable(tf.zeros_like(v)) for v in self.variables]
@@ -170,13 +177,14 @@ class Trainer:
         self.teach = tf.function(lambda inputs: _outputs(teacher, inputs), reduce_retracing=True)
 
     def _loss(self, wanted: list[Any], inputs: list[Any]) -> Any:
-        """(loss, share of samples whose largest output is the teacher's) of a batch."""
+        """(loss, share of samples whose largest output is the teacher's) of a batch; inner values count if given."""
         import tensorflow as tf
 
         heat = self.settings.temperature
         total, same = tf.constant(0.0), tf.constant(1.0)
         outputs = _outputs(self.student, inputs)
-        for kind, spread, want, got in zip(self.losses, self.spread, wanted, outputs, strict=True):
+        count = len(self.losses)
+        for kind, spread, want, got in zip(self.losses, self.spread, wanted[:count], outputs[:count], strict=True):
             if kind == "scores":
                 soft = tf.nn.log_softmax(want / heat)
                 part = tf.reduce_sum(tf.exp(soft) * (soft - tf.nn.log_softmax(got / heat)), axis=-1)
@@ -185,6 +193,9 @@ class Trainer:
                 same = tf.minimum(same, tf.reduce_mean(tf.cast(equal, tf.float32)))
             if kind != "none":
                 total += tf.reduce_mean(tf.square(want - got)) / spread
+        if len(wanted) > count:
+            pairs = zip(self.hints, wanted[count:], outputs[count:], strict=True)
+            total += self.settings.hint * tf.add_n([h.loss(want, got) for h, want, got in pairs]) / len(self.hints)
         return total, same
 
     def _step(self, wanted: list[Any], inputs: list[Any], rate: Any) -> None:
@@ -217,11 +228,13 @@ class Trainer:
         for answers, spread in zip(known, self.spread, strict=True):
             spread.assign(float(max(np.var(answers), LEAST)))
         self.held, self.wanted = held, self._answers(held)
+        self.hints = self._hints(data) if self.hinted else []
         before = self.judge()
         self.best, self.kept = before, [v.numpy() for v in self.variables]
         first = [v.numpy() for v in self.variables]
         index = np.arange(min(settings.batch, data.count))
-        self.step([tf.constant(k[index]) for k in known], _tensors(data, index), tf.constant(0.0))  # traced, not timed
+        inputs = _tensors(data, index)
+        self.step(self.teach(inputs), inputs, tf.constant(0.0))  # traced, not timed
         self._restart(first)
         say({"stage": "distill"})
         budget, way, start = Budget(settings), settings.ways[0], 0.0
@@ -260,7 +273,8 @@ class Trainer:
                 order = rng.permutation(data.count)
             index, order = np.sort(order[:size]), order[size:]
             inputs = [tf.constant(a) for a in altered(data.rows(index), way, settings, rng)]
-            wanted = [tf.constant(k[index]) for k in known] if way == "plain" else self.teach(inputs)
+            fixed = way == "plain" and not self.hints
+            wanted = [tf.constant(k[index]) for k in known] if fixed else self.teach(inputs)
             done = (share - span[0]) / (span[1] - span[0])
             rate = settings.rate * min(1.0, (steps + 1) / settings.warmup)
             rate *= 0.5 * (1 + np.cos(np.pi * done)) if fall else 1.0
@@ -283,11 +297,31 @@ class Trainer:
                 moment.assign(tf.zeros_like(moment))
 
     def _answers(self, data: Samples) -> list[Any]:
-        """The teacher's outputs on all samples."""
+        """The teacher's outputs on all samples, without inner values."""
         import numpy as np
 
-        parts = [[np.asarray(o) for o in self.teach(_tensors(data, i))] for i in data.parts(self.settings.batch)]
+        count = len(self.losses)
+        parts = [
+            [np.asarray(o) for o in self.teach(_tensors(data, i))[:count]] for i in data.parts(self.settings.batch)
+        ]
         return [np.concatenate(p) for p in zip(*parts, strict=True)]
+
+    def _hints(self, data: Samples) -> list[Any]:
+        """How the student's inner values are the teacher's, before training."""
+        import numpy as np
+
+        found: list[Any] = []
+        count = len(self.losses)
+        for index in data.parts(self.settings.batch):
+            inputs = _tensors(data, index)
+            pairs = [
+                (np.asarray(a), np.asarray(b))
+                for a, b in zip(self.teach(inputs)[count:], _outputs(self.student, inputs)[count:], strict=True)
+            ]
+            found = found or [HINTS.Moments(a, b) for a, b in pairs]
+            for moments, (a, b) in zip(found, pairs, strict=True):
+                moments.extend(a, b)
+        return [moments.hint() for moments in found]
 
     def judge(self) -> tuple[float, float]:
         """(loss, agreement) on the held samples."""
@@ -338,7 +372,8 @@ def train(request: dict[str, Any], say: Say) -> None:
     data, held = (Samples([np.load(work / f, mmap_mode="r") for f in request[k]]) for k in ("data", "held"))
     pairs = zip(student.variables, request["free"], strict=True)
     trained = [v for v, free in pairs if free and v.trainable]
-    trainer = Trainer(teacher.logits, student.logits, trained, settings, request["losses"])
+    hints = request["hints"]
+    trainer = Trainer(teacher.logits, student.logits, trained, settings, request["losses"], hinted=hints > 0)
     record = trainer.run(data, held, say)
     np.savez(work / "trained.npz", **{f"w{i}": np.asarray(v) for i, v in enumerate(student.variables)})  # type: ignore[arg-type]
     rows = min(settings.batch, held.count)
@@ -348,19 +383,18 @@ def train(request: dict[str, Any], say: Say) -> None:
     say({"done": {**record, **files, "versions": request["versions"]}})
 
 
-def _builder() -> Any:
-    """keras_builder.py by its place: this folder must not be searched for modules."""
-    name = "edgekit_keras_builder"
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("keras_builder.py"))
+def _beside(name: str) -> Any:
+    """A module by its place: this folder must not be searched for modules."""
+    spec = importlib.util.spec_from_file_location(f"edgekit_{name}", Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # its dataclasses look themselves up
+    sys.modules[spec.name] = module  # its dataclasses look themselves up
     spec.loader.exec_module(module)
     return module
 
 
-BUILDER = _builder()
+BUILDER, HINTS = _beside("keras_builder"), _beside("keras_hints")
 
 if __name__ == "__main__":
     BUILDER.alone(__file__)

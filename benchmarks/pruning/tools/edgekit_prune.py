@@ -37,13 +37,13 @@ def made(model: ir.Model, data: Dataset, job: dict[str, Any]) -> tuple[ir.Model,
         from edgekit.recover import distill
 
         student, record = distill(
-            prepared_for_pruning(model), ir.load(job["student"]), split.fit, split.choose, job["distill_s"], SEED
+            prepared_for_pruning(model), ir.load(job["student"]), split.learn, split.watch, job["distill_s"], SEED
         )
         told["distilled"] = record
     elif job["kind"] == "channels":
         step = PruneChannels(budget=job["share"], seed=SEED)
         plan = step.plan(model, split.fit, split.choose)
-        student, _ = step.apply(model, plan, split.fit)
+        student, _ = step.apply(model, plan, split.learn)
     else:
         pattern = pruning.request(job["pattern"] if ":" in job["pattern"] else f"weights={job['pattern']}").pattern
         if pattern is None:
