@@ -215,9 +215,9 @@ def _find_cxxrtl() -> Found:
 
 
 def _cxxrtl_include(root: Path) -> str:
-    """Folder for `#include <cxxrtl/cxxrtl.h>`; older versions have the header without a folder of its own."""
-    for folder in (root / "runtime", root.parent):
-        if (folder / "cxxrtl" / "cxxrtl.h").is_file():
+    """Folder of headers: yosys 0.23 includes <backends/cxxrtl/cxxrtl.h>, later ones <cxxrtl/cxxrtl.h>."""
+    for folder, header in ((root / "runtime", root / "runtime" / "cxxrtl"), (root.parent.parent, root)):
+        if (header / "cxxrtl.h").is_file():
             return str(folder)
     return ""
 

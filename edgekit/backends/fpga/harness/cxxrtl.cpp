@@ -11,8 +11,10 @@ struct Design {
     bool out_last() { return top.p_out__last.get<bool>(); }
 #ifdef STEP_NUMBER
     unsigned step() { return top.p_step__number.get<uint32_t>(); }
+    bool misaligned() { return top.p_misaligned.get<bool>(); }
 #else
     unsigned step() { return 0; }
+    bool misaligned() { return false; }
 #endif
     void set_in(bool valid, const uint32_t *chunks, bool last) {
         top.p_in__valid.set<bool>(valid);

@@ -8,7 +8,7 @@
 
 static const unsigned CHUNKS = (WORD_BITS + 31) / 32;
 
-// Design: clock(level), reset(level), in_ready(), out_valid(), out_last(), step(), set_in(valid, chunks, last),
+// Design: clock(level), reset(level), in_ready(), out_valid(), out_last(), step(), misaligned(), set_in(valid, chunks, last),
 // get_out(chunks), set_out_ready(level), settle().
 template <class Design> int run(Design &design, int argc, char **argv) {
     if (argc != 5) {
@@ -70,6 +70,10 @@ template <class Design> int run(Design &design, int argc, char **argv) {
                 std::fprintf(timing, "\n");
             }
             received++;
+        }
+        if (!in_reset && design.misaligned()) {
+            std::fprintf(timing, "error: the design expects the last word of an inference elsewhere than after %u\n", IN_WORDS);
+            break;
         }
         quiet = (accepted || taken) ? 0 : quiet + 1;
         if (quiet > limit) {

@@ -20,8 +20,8 @@ module testbench;
     wire in_ready, out_valid, out_last;
     wire [WORD-1:0] out_data;
     wire [STEP_BITS-1:0] step_number;
-`ifdef STEP_NUMBER
     wire misaligned;
+`ifdef STEP_NUMBER
     `DESIGN under_test (
         .clk(clk), .reset(reset), .in_valid(in_valid), .in_ready(in_ready), .in_data(in_data), .in_last(in_last),
         .out_valid(out_valid), .out_ready(out_ready), .out_data(out_data), .out_last(out_last),
@@ -29,6 +29,7 @@ module testbench;
     );
 `else
     assign step_number = 0;
+    assign misaligned = 0;
     `DESIGN under_test (
         .clk(clk), .reset(reset), .in_valid(in_valid), .in_ready(in_ready), .in_data(in_data), .in_last(in_last),
         .out_valid(out_valid), .out_ready(out_ready), .out_data(out_data), .out_last(out_last)
@@ -83,6 +84,10 @@ module testbench;
         end
         quiet = (accepted || taken) ? 0 : quiet + 1;
         if (received == OUT_WORDS*INFERENCES) $finish;
+        if (!reset && misaligned) begin
+            $fdisplay(timing, "error: the design expects the last word of an inference elsewhere than after %0d", IN_WORDS);
+            $finish;
+        end
         if (quiet > LIMIT) begin
             $fdisplay(timing, "error: no word in or out for %0d cycles", LIMIT);
             $finish;

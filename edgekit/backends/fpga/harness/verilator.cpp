@@ -37,8 +37,10 @@ struct Design {
     bool out_last() { return top.out_last; }
 #ifdef STEP_NUMBER
     unsigned step() { return top.step_number; }
+    bool misaligned() { return top.misaligned; }
 #else
     unsigned step() { return 0; }
+    bool misaligned() { return false; }
 #endif
     void set_in(bool valid, const uint32_t *chunks, bool last) {
         top.in_valid = valid;
