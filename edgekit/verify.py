@@ -6,6 +6,7 @@ The runtime runs in a worker process of its own: a kernel that aborts must not t
 from __future__ import annotations
 
 import contextlib
+import math
 import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +39,8 @@ MIN_SQNR_DB = 20.0  # the outputs differ by less than 1 % in power: near ties, o
 # tenths, the wrong rows of a LiteRT bug 25, saturation 10 to 40
 MAX_LOST_DB, TOLD_LOST_DB = 10.0, 2.0
 BATCH = 32
+# of all values that a batch gives, at most: a proof operator by operator holds them several times, in two processes
+VALUES_BYTES = 256 * 2**20
 
 
 @contextlib.contextmanager
@@ -54,7 +57,13 @@ def opened(backend: Backend, folder: Path, *, batch: int = 0, environment: Mappi
 def batch_for(model: ir.Model) -> tuple[int, bool]:
     """(samples to hand over at once, whether the model takes exactly that many)."""
     fixed = M.batch_of(M.signature(model))
-    return fixed or BATCH, fixed is not None
+    return fixed or int(np.clip(VALUES_BYTES // max(1, _sample_bytes(model)), 1, BATCH)), fixed is not None
+
+
+def _sample_bytes(model: ir.Model) -> int:
+    """Of one sample's values as float32, as far as their shapes are known."""
+    shapes = [v.shape for n in model.graph for v in n.outputs if v.shape is not None]
+    return sum(4 * math.prod(d for d in shape if isinstance(d, int)) for shape in shapes)
 
 
 def floating(backend: Backend, folder: Path, original: ir.Model, data: Dataset, precision: str) -> dict[str, Any]:
