@@ -185,10 +185,11 @@ def _parsed(name: str, text: Any) -> Any:
     if name in ("resize", "crop"):
         size = _size(name, text)
         return [size, size] if name == "crop" and isinstance(size, int) else size
-    if name == "scale":
-        return number(name, text)
-    if name in ("mean", "std"):
-        return [number(name, t) for t in text.split(",")]
+    if name in ("scale", "mean", "std"):
+        numbers = [number(name, t) for t in ([text] if name == "scale" else text.split(","))]
+        if name != "mean" and 0 in numbers:
+            raise TransformError("option", f"--{name} {text}", "scale and std must not be 0")
+        return numbers[0] if name == "scale" else numbers
     return one_of(name.replace("_", "-"), text.upper(), CHANNEL_ORDERS if name == "channel_order" else LAYOUTS)
 
 

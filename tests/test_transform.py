@@ -182,7 +182,16 @@ def test_options_win_over_what_is_declared() -> None:
     merged = transform.merged(declared, given)
     assert merged == {**declared, "resize": [8, 6], "crop": [5, 5], "mean": [0.5, 0.25, -1.0], "channel_order": "BGR"}
     assert declared["resize"] == [4, 4]
-    for wrong in ({"resize": "8x"}, {"resize": "0x5"}, {"scale": "1/0"}, {"std": "a"}, {"layout": "HWC"}):
+    for wrong in (
+        {"resize": "8x"},
+        {"resize": "0x5"},
+        {"scale": "1/0"},
+        {"scale": "0"},
+        {"scale": "1,2"},
+        {"std": "1,0"},
+        {"std": "a"},
+        {"layout": "HWC"},
+    ):
         with pytest.raises(TransformError) as caught:
             transform.merged(declared, wrong)
         assert caught.value.kind == "option"
