@@ -237,7 +237,7 @@ def test_what_is_to_be_measured_is_tested_by_who_measures(agent: Agent, numpy_wh
 
 def test_a_failed_first_deploy_leaves_nothing(agent: Agent, numpy_wheel: bytes) -> None:
     assert agent.install(Made(numpy_wheel, claims=3.0))["kind"] == "selftest"
-    assert not agent.base.exists()
+    assert list(agent.home.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,13 @@ class Host:
             return DeviceError(
                 f"{self.name}: there is no '{self.python}' on the device", "install Python 3, or name it with --python"
             )
+        if code in (1, 2):  # it would have answered
+            last = ([line.strip() for line in said.splitlines() if line.strip()] or [f"status {code}"])[-1]
+            least = ".".join(map(str, MIN_PYTHON))
+            return DeviceError(
+                f"{self.name}: its '{self.python}' does not run edgekit's agent ({last[:200]})",
+                f"Python {least} or later is needed: name it with --python",
+            )
         return unreachable(self.name, said)
 
 

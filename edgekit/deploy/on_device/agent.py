@@ -376,7 +376,7 @@ def do_install(request: Request, payload: BinaryIO) -> Reply:
     """
     base, progress = base_of(request), Progress()
     slot, digest, testing = slot_path(base, request["slot"]), str(request["digest"]), bool(request.get("test", True))
-    existed = os.path.isdir(base)
+    before_us = _standing(base)
     with locked(base):
         try:
             folder = os.path.join(slot, digest)
@@ -392,7 +392,7 @@ def do_install(request: Request, payload: BinaryIO) -> Reply:
             removed = _forget(base, slot, int(request.get("keep", 1)))
             environment = read_json(os.path.join(folder, "installed.json"))["environment"]
         except BaseException:
-            _tidy(base, slot, existed)
+            _tidy(base, slot, before_us)
             raise
     return {
         "digest": digest, "before": before, "folder": folder, "environment": environment, "removed": removed,
@@ -423,14 +423,20 @@ def _remove_other(slot: str, folder: str) -> None:
     _remove(aside)
 
 
-def _tidy(base: str, slot: str, existed: bool) -> None:
-    """After a failure: nothing that was not there before, as far as the device lets us."""
+def _tidy(base: str, slot: str, before_us: str) -> None:
+    """After a failure: nothing that was not there before, as far as the device lets us.
+
+    before_us: the nearest folder above that was there.
+    """
     with contextlib.suppress(OSError, Refused):
         _collect(base)
         if os.path.isdir(slot) and not os.listdir(slot):
             os.rmdir(slot)
-        if not existed and not any(files for _, _, files in os.walk(os.path.join(base, "slots"))):
+        if before_us != base and not any(files for _, _, files in os.walk(os.path.join(base, "slots"))):
             shutil.rmtree(base, ignore_errors=True)
+            while os.path.dirname(base) != before_us:
+                base = os.path.dirname(base)
+                os.rmdir(base)
 
 
 def _receive(base: str, folder: str, digest: str, payload: BinaryIO, progress: Progress) -> None:
