@@ -63,9 +63,9 @@ class Preprocessing:
                 raise DatasetError(f"preprocessing {name} = {value}", "give height x width in pixels, such as 96x96")
         for name, numbers in (("scale", self.scale), ("mean", self.mean), ("std", self.std)):
             each = numbers if isinstance(numbers, tuple) else () if numbers is None else (numbers,)
-            if not all(_usable(v, zero=name == "mean") for v in each) or numbers == ():
+            if not all(transform.usable(v, zero=name == "mean") for v in each) or numbers == ():
                 told = f"preprocessing {name} = {numbers}"
-                raise DatasetError(told, "give finite float32 numbers; scale and std must not be 0")
+                raise DatasetError(told, transform.USABLE)
 
     @property
     def numeric(self) -> bool:
@@ -181,11 +181,6 @@ def find_file(data: Path) -> Path | None:
 
 def _by(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
-
-
-def _usable(number: float, *, zero: bool) -> bool:
-    """Finite as float32, and not 0 unless that is allowed: too small a number becomes 0, too large a one infinity."""
-    return abs(number) <= float(np.finfo(np.float32).max) and (zero or float(np.float32(number)) != 0)
 
 
 def _from_json(key: str, value: Any) -> Any:

@@ -21,6 +21,7 @@ Problem = Literal["shape", "range", "image", "pillow", "option"]
 
 OPTIONS = ("resize", "crop", "scale", "mean", "std", "channel_order", "layout")
 """What can be declared on a command line, under these names."""
+USABLE = "give finite float32 numbers; scale and std must not be 0"
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 CHANNEL_ORDERS = ("RGB", "BGR")
 LAYOUTS = ("NHWC", "NCHW")
@@ -187,8 +188,8 @@ def _parsed(name: str, text: Any) -> Any:
         return [size, size] if name == "crop" and isinstance(size, int) else size
     if name in ("scale", "mean", "std"):
         numbers = [number(name, t) for t in ([text] if name == "scale" else text.split(","))]
-        if name != "mean" and 0 in numbers:
-            raise TransformError("option", f"--{name} {text}", "scale and std must not be 0")
+        if not all(usable(v, zero=name == "mean") for v in numbers):
+            raise TransformError("option", f"--{name} {text}", USABLE)
         return numbers[0] if name == "scale" else numbers
     return one_of(name.replace("_", "-"), text.upper(), CHANNEL_ORDERS if name == "channel_order" else LAYOUTS)
 
@@ -201,6 +202,11 @@ def _size(name: str, text: str) -> list[int] | int:
     if len(parts) not in (1, 2) or min(parts) < 1:
         raise TransformError("option", f"--{name} {text}", "give height x width in pixels, such as 96x96")
     return parts[0] if len(parts) == 1 else parts
+
+
+def usable(value: float, *, zero: bool) -> bool:
+    """Finite as float32, and not 0 unless that is allowed: too small a number becomes 0, too large a one infinity."""
+    return abs(value) <= float(np.finfo(np.float32).max) and (zero or float(np.float32(value)) != 0)
 
 
 def number(name: str, text: Any) -> float:
