@@ -23,20 +23,20 @@ from edgekit.bench import machine, results
 from edgekit.bench.client import Worker
 from edgekit.bench.document import document, merged
 from edgekit.bench.entry import Entry
-from edgekit.bench.host import LocalHost
+from edgekit.bench.host import Golden, LocalHost
 from edgekit.bench.run import run_bench
 from edgekit.bench.several import each
 from edgekit.cli import main
 from edgekit.compare import compare
 from edgekit.dataset import Dataset
 from edgekit.deploy import remote
-from edgekit.errors import DeviceError, HostError, LoginError, UsageError, WorkerError
+from edgekit.errors import DeviceError, HostError, LoginError, UsageError
 from edgekit.report import summary
 from edgekit.report.markdown import render_markdown
 from edgekit.report.progress import silent
 from edgekit.report.terminal import render_terminal
 from edgekit.target import Target
-from tests.test_bench_run import FEATURES, PACE, weights
+from tests.test_bench_run import FEATURES, PACE, softmax, weights
 from tests.test_bench_run import data as data
 from tests.test_bench_run import entries as entries
 from tests.test_bench_run import x as x
@@ -63,11 +63,19 @@ class Elsewhere(LocalHost):
     def state(self) -> dict[str, Any]:
         return {**super().state(), "load_1min": 0.0, **QUIET, **(self._states.pop(0) if self._states else {})}
 
-    def check(self, entry: Entry) -> str | None:
-        self.checked.append(entry.id)
-        if self._wrong == "dies":
-            raise WorkerError(f"{self.name}: {entry.id}: the worker died", "")
-        return f"output 'y' differs by 3 on {self.name}" if entry.id == self._wrong else None
+    def golden(self, entry: Entry) -> Golden:
+        """softmax(x·w) of test_bench_run's float32 artifact, within what its int8 one is off; of one that is `wrong`
+        something else, or what no artifact takes."""
+        x = np.linspace(-2, 2, 3 * FEATURES, dtype=np.float32).reshape(3, FEATURES)
+
+        def difference(outputs: dict[str, np.ndarray]) -> str | None:
+            self.checked.append(entry.id)
+            want = softmax(x @ weights()) + (3 if entry.id == self._wrong else 0)
+            assert outputs["y"].shape == want.shape
+            apart = np.abs(outputs["y"] - want).max()
+            return None if apart < 0.2 else f"output 'y' differs by {apart:.0f} on {self.name}"
+
+        return Golden({"no such input" if self._wrong == "dies" else "x": x}, difference)
 
     def worker(self, entry: Entry, threads: int, batch: int, profile: bool = False) -> Worker:
         self.started.append((entry.id, threads, profile))
@@ -111,14 +119,21 @@ def test_an_artifact_that_answers_otherwise_there_is_not_timed(entries: list[Ent
     assert not bad["valid"]
     assert bad["reasons"][0] == "output 'y' differs by 3 on pi@one"
     assert (bad["latency_s"]["p50"], bad["quality"]) == (None, None)
-    assert not any(name == "onnxruntime-int8" for name, _, _ in host.started)
+    assert [name for name, _, _ in host.started] == ["onnxruntime-float32", "onnxruntime-int8", "onnxruntime-float32"]
     assert told["verdict"]["cpu on pi@one"]["ship"] == "onnxruntime-float32"
+
+
+def test_without_data_golden_answers_come_first_too(entries: list[Entry]) -> None:
+    host = Elsewhere("pi@one", wrong="onnxruntime-int8", emulated="qemu-aarch64")
+    told = run_bench(entries, None, threads=(1,), pace=PACE, host=host)
+    assert [row["valid"] for row in told["artifacts"]] == [True, False]
+    assert host.checked == ["onnxruntime-float32", "onnxruntime-int8"]
 
 
 def test_one_that_dies_on_the_golden_inputs_is_a_row(entries: list[Entry]) -> None:
     told = run_bench(entries, None, threads=(1,), pace=PACE, host=Elsewhere("pi@one", wrong="dies"))
     assert [row["valid"] for row in told["artifacts"]] == [False, False]
-    assert all("the worker died" in row["reasons"][0] for row in told["artifacts"])
+    assert all("infer failed" in row["reasons"][0] for row in told["artifacts"])
 
 
 def test_what_its_manifest_calls_wrong_is_not_even_checked(entries: list[Entry]) -> None:
@@ -332,6 +347,13 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "architecture", lambda: "s390x")
 
 
+class Unknown(Elsewhere):
+    """Without golden answers."""
+
+    def golden(self, entry: Entry) -> None:  # type: ignore[override]
+        return None
+
+
 class FakeSite:
     """Devices of 64-bit Arm that are this machine; those called gone cannot be reached."""
 
@@ -353,7 +375,7 @@ class FakeSite:
         if target.device is None or target.device.arch != "aarch64":
             raise DeviceError(f"{self.name}: it is aarch64, {target.name} is not", "")
         progress("install", 0, 1)
-        return Elsewhere(self.name, emulated="qemu-aarch64" if "emulated" in self.name else None)
+        return Unknown(self.name, emulated="qemu-aarch64" if "emulated" in self.name else None)
 
 
 @pytest.fixture

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from edgekit.bench import machine
 from edgekit.bench.client import Worker, local_command, thread_environment
 from edgekit.bench.entry import Entry
+from edgekit.model import Tensors
 
 if TYPE_CHECKING:
     from edgekit.report.progress import Progress
     from edgekit.target import Target
+
+
+@dataclass(frozen=True)
+class Golden:
+    """inputs: (n, ...) by name. difference(outputs of them, by name): how they are not what they must be, or None."""
+
+    inputs: Tensors
+    difference: Callable[[Tensors], str | None]
 
 
 class BenchHost(Protocol):
@@ -31,11 +41,8 @@ class BenchHost(Protocol):
         """`bench.machine.state` of that machine, now."""
         ...
 
-    def check(self, entry: Entry) -> str | None:
-        """How the answers there to inputs with known outputs differ; None where they do not, or none are known.
-
-        Raises WorkerError where the artifact does not run there.
-        """
+    def golden(self, entry: Entry) -> Golden | None:
+        """Inputs that an artifact must answer there as it did where it was made; None where that is here."""
         ...
 
     def worker(self, entry: Entry, threads: int, batch: int, profile: bool = False) -> Worker:
@@ -72,7 +79,7 @@ class LocalHost:
     def state(self) -> dict[str, Any]:
         return machine.state()
 
-    def check(self, entry: Entry) -> str | None:
+    def golden(self, entry: Entry) -> Golden | None:
         return None
 
     def worker(self, entry: Entry, threads: int, batch: int, profile: bool = False) -> Worker:

@@ -16,7 +16,7 @@ from edgekit.bench import machine, results
 from edgekit.bench.client import Loaded, Worker
 from edgekit.bench.document import document
 from edgekit.bench.entry import Entry
-from edgekit.bench.host import THIS_MACHINE, BenchHost
+from edgekit.bench.host import THIS_MACHINE, BenchHost, Golden
 from edgekit.bench.quality import Meter
 from edgekit.bench.results import Measurement
 from edgekit.bench.schedule import FULL, QUICK, Pace, Progress, Series
@@ -98,7 +98,7 @@ def run_bench(
         untimed = f"{facts['emulated']} emulates this CPU, a time here is no latency"
     found: list[Measurement] = []
     for target in dict.fromkeys(e.target for e in entries):
-        own = _checked(host, [e for e in entries if e.target == target], report)
+        own = [e for e in entries if e.target == target]
         data = None if dataset is None else dataset.bind(own[0].signature)
         if data is not None and sample_limit is not None:
             data = data.take(sample_limit, seed)
@@ -136,21 +136,6 @@ def _thread_counts(threads: Sequence[int | Literal["all"]], facts: dict[str, Any
     return sorted({facts["cores_usable"] if t == "all" else int(t) for t in threads})
 
 
-def _checked(host: BenchHost, entries: Sequence[Entry], report: Progress) -> list[Entry]:
-    """The entries, those that answer otherwise there than they did where they were made with that as a problem."""
-    out = []
-    for done, entry in enumerate(entries):
-        why = None
-        if host.name and not entry.problems:
-            report(f"parity {entry.target}", done, len(entries))
-            try:
-                why = host.check(entry)
-            except WorkerError as error:
-                why = error.what
-        out.append(entry if why is None else replace(entry, problems=(*entry.problems, why)))
-    return out
-
-
 def _describe(dataset: Dataset) -> dict[str, Any]:
     return {
         "name": dataset.name,
@@ -170,22 +155,31 @@ def _judge(
     report: Progress,
     reference: str | None,
 ) -> dict[str, _Judged]:
-    """Quality of each entry by id. The first reference that works is what outputs are compared with."""
-    if data is None:
-        return {e.id: _Judged({}, (), ()) for e in entries}
+    """Quality of each entry by id, of those whose golden answers are right. The first reference that works is what
+    outputs are compared with."""
     references = _references(entries, reference)
     order = sorted((e for e in entries if not e.problems), key=lambda e: e.id not in references)
+    if data is None:
+        order = [e for e in order if host.golden(e) is not None]
     with contextlib.ExitStack() as stack:
         opened: dict[str, tuple[Entry, Worker, Meter]] = {}
         failed: dict[str, str] = {}
-        for entry in order:
+        for done, entry in enumerate(order):
+            if host.name:
+                report(f"parity {entry.target}", done, len(order))
             size = batch_of(entry.signature) or QUALITY_BATCH
             worker = host.worker(entry, threads, size)
             try:
                 stack.enter_context(worker).load()
-                opened[entry.id] = (entry, worker, Meter())
+                why = _unlike_golden(worker, host.golden(entry), size)
             except WorkerError as error:
-                failed[entry.id] = error.what
+                why = error.what
+            if why is None:
+                opened[entry.id] = (entry, worker, Meter())
+            else:
+                failed[entry.id] = why
+        if data is None:
+            return {e.id: _Judged({}, (), (failed[e.id],) if e.id in failed else ()) for e in entries}
         for done, part in _batches(data, entries[0].signature):
             _judge_batch(part, opened, failed, references)
             report(f"quality {entries[0].target}", done, data.samples)
@@ -194,6 +188,15 @@ def _judge(
             figures, reasons, problems = meter.result()
             judged[key] = _Judged(figures, tuple(reasons), tuple(problems))
         return {**judged, **{key: _Judged({}, (), (why,)) for key, why in failed.items()}}
+
+
+def _unlike_golden(worker: Worker, golden: Golden | None, size: int) -> str | None:
+    """How the answers to golden inputs, repeated to a batch of `size`, are not what they must be; None if they are."""
+    if golden is None:
+        return None
+    count = len(next(iter(golden.inputs.values())))
+    outputs = worker.infer({name: _fill(value, size) for name, value in golden.inputs.items()})
+    return golden.difference({name: value[:count] for name, value in outputs.items()})
 
 
 def _references(entries: Sequence[Entry], reference: str | None) -> set[str]:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import json
+import io
 import shlex
-import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+
 from edgekit.bench import machine
 from edgekit.bench.client import THREAD_VARIABLES, Worker
 from edgekit.bench.entry import Entry
+from edgekit.bench.host import Golden
 from edgekit.deploy import bundle as bundles
 from edgekit.deploy import device as devices
 from edgekit.deploy import shipping
-from edgekit.deploy.ssh import Host, unreachable
-from edgekit.errors import ArtifactError, WorkerError
+from edgekit.deploy.bundle import Bundle
+from edgekit.deploy.bundle_file import content
+from edgekit.deploy.on_device import selftest
+from edgekit.deploy.ssh import Host
+from edgekit.errors import ArtifactError
+from edgekit.model import Tensors
 from edgekit.report.progress import Progress
 from edgekit.target import Target
 
-_CHECK_S = 600.0  # an emulated device takes a minute to import a runtime
 _SSH_FAILED = 255  # ssh's own exit code for a connection that ended; all others are the remote command's
 _BY_SIGNAL = 128  # what a shell adds to the number of the signal that ended a command
 
@@ -66,13 +70,13 @@ class DeviceSite:
         devices.check(device)
         made = bundles.make(self._build, target, usable, device, name=name, progress=progress)
         told = shipping.install(self._host, device, made, name, 0, progress, test=False)
-        return DeviceHost(self._host, device.facts, told["folder"], told["environment"], made.manifest["candidates"])
+        return DeviceHost(self._host, device.facts, told["folder"], told["environment"], made)
 
 
 class DeviceHost:
     """A device with a bundle of candidates installed (bench.host.BenchHost).
 
-    facts: of its machine. folder: of the bundle there. environment: the bundle's, there. candidates: the manifest's.
+    facts: of its machine. folder: of the bundle there. environment: the bundle's, there.
     """
 
     def __init__(
@@ -81,10 +85,11 @@ class DeviceHost:
         facts: Mapping[str, Any],
         folder: str,
         environment: str,
-        candidates: Mapping[str, Mapping[str, Any]],
+        made: Bundle,
     ) -> None:
         self._host, self._facts = host, dict(facts)
-        self._folder, self._python, self._candidates = folder, f"{environment}/bin/python", candidates
+        self._folder, self._python, self._made = folder, f"{environment}/bin/python", made
+        self._candidates: Mapping[str, Any] = made.manifest["candidates"]
 
     @property
     def name(self) -> str:
@@ -96,27 +101,18 @@ class DeviceHost:
     def state(self) -> dict[str, Any]:
         return dict(self._host.call({"cmd": "state"})["state"])
 
-    def check(self, entry: Entry) -> str | None:
-        """The bundle's self-test, there: in a process of its own, as its workers are."""
-        command = self._host.command(_shell([self._python, f"{self._folder}/selftest.py", self._folder, entry.id]))
-        with tempfile.TemporaryFile() as stderr:
-            try:
-                done = subprocess.run(
-                    command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, timeout=_CHECK_S,
-                    check=False,
-                )  # fmt: skip
-            except subprocess.TimeoutExpired:
-                raise WorkerError(f"no answer to the golden inputs on {self.name} in {_CHECK_S:.0f} s", "") from None
-            stderr.seek(0)
-            said = stderr.read().decode(errors="replace")
-        lines = [line for line in done.stdout.decode(errors="replace").splitlines() if line.startswith("{")]
-        if lines:
-            difference = json.loads(lines[-1])["difference"]
-            return None if difference is None else f"answers otherwise on {self.name} than here: {difference}"
-        if done.returncode == _SSH_FAILED:
-            raise unreachable(self.name, said)
-        last = ([line.strip() for line in said.splitlines() if line.strip()] or ["no word"])[-1]
-        raise WorkerError(f"does not run on {self.name}: {_how(done.returncode)}, {last[:400]}", "")
+    def golden(self, entry: Entry) -> Golden | None:
+        """What the bundle's self-test compares: in the worker that judges, it costs no start of a runtime."""
+        name, tolerance = self._candidates[entry.id]["golden"], self._candidates[entry.id]["tolerance"]
+        with np.load(io.BytesIO(content(self._made.sources[name])), allow_pickle=False) as stored:
+            arrays = {key: stored[key] for key in stored.files}
+        wanted = {key[4:]: value for key, value in arrays.items() if key.startswith("out.")}
+
+        def difference(outputs: Tensors) -> str | None:
+            found = selftest.difference(wanted, outputs, tolerance)
+            return None if found is None else f"answers otherwise on {self.name} than here: {found}"
+
+        return Golden({key[3:]: value for key, value in arrays.items() if key.startswith("in.")}, difference)
 
     def worker(self, entry: Entry, threads: int, batch: int, profile: bool = False) -> Worker:
         found = self._candidates[entry.id]
@@ -131,7 +127,7 @@ class DeviceHost:
         if status == _SSH_FAILED:
             return f"the connection to {self.name} was lost" + (f" ({said})" if said else "")
         if status is not None and status > _BY_SIGNAL:
-            return f"the worker died with {_how(status)}" + (f": {said}" if said else "")
+            return f"the worker died with signal {status - _BY_SIGNAL}" + (f": {said}" if said else "")
         return None
 
 
@@ -141,7 +137,3 @@ def _shell(words: Sequence[str]) -> str:
     # the redirection in a subshell: dash makes a command's own ones in itself, and remarks there
     script = f"exec 3>&2 2>/dev/null; (exec 2>&3 3>&-; exec {shlex.join(words)}); exit $?"
     return f"exec sh -c {shlex.quote(script)}"
-
-
-def _how(status: int) -> str:
-    return f"signal {status - _BY_SIGNAL}" if status > _BY_SIGNAL else f"status {status}"

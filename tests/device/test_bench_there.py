@@ -19,6 +19,7 @@ from edgekit.bench import machine
 from edgekit.bench.client import WORKER_FILE, thread_environment
 from edgekit.bench.entry import Entry
 from edgekit.bench.run import run_bench
+from edgekit.deploy.bundle import Bundle
 from edgekit.deploy.remote import DeviceHost
 from edgekit.deploy.ssh import Host
 from edgekit.errors import HostError, WorkerError
@@ -42,8 +43,8 @@ BEHAVIOUR: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def bundle(numpy_wheel: bytes) -> tuple[dict[str, Any], str, bytes]:
-    """(manifest, digest, tar) of three candidates that multiply by two: one does, one does not, one dies."""
+def bundle(numpy_wheel: bytes) -> tuple[Bundle, str, bytes]:
+    """(it, its digest, as a tar) of three candidates that multiply by two: one does, one does not, one dies."""
     golden = io.BytesIO()
     np.savez(golden, **{"in.x": X, "out.x_out": 2 * X})
     files = {
@@ -70,19 +71,19 @@ def bundle(numpy_wheel: bytes) -> tuple[dict[str, Any], str, bytes]:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    return manifest, hashlib.sha256(text).hexdigest(), out.getvalue()
+    return Bundle(text, files, manifest=manifest), hashlib.sha256(text).hexdigest(), out.getvalue()
 
 
-def brought(host: Host, bundle: tuple[dict[str, Any], str, bytes]) -> DeviceHost:
-    manifest, digest, tar = bundle
+def brought(host: Host, bundle: tuple[Bundle, str, bytes]) -> DeviceHost:
+    made, digest, tar = bundle
     request = {"cmd": "install", "slot": "bench-m", "digest": digest, "keep": 0, "test": False}
     reply = host.call(request, [tar])
     facts = host.call({"cmd": "state"})["facts"]
-    return DeviceHost(host, facts, reply["folder"], reply["environment"], manifest["candidates"])
+    return DeviceHost(host, facts, reply["folder"], reply["environment"], made)
 
 
 @pytest.fixture(scope="module")
-def there(amd64_device: Device, bundle: tuple[dict[str, Any], str, bytes]) -> Iterator[DeviceHost]:
+def there(amd64_device: Device, bundle: tuple[Bundle, str, bytes]) -> Iterator[DeviceHost]:
     with Host(amd64_device.alias, config=amd64_device.config) as host:
         yield brought(host, bundle)
 
@@ -93,7 +94,7 @@ def entry(name: str) -> Entry:
 
 
 def test_a_worker_there_computes_with_the_threads_that_were_asked(
-    there: DeviceHost, bundle: tuple[dict[str, Any], str, bytes]
+    there: DeviceHost, bundle: tuple[Bundle, str, bytes]
 ) -> None:
     with there.worker(entry("numpy-float32"), 3, 2) as worker:
         assert worker.load().version.startswith("numpy ")
@@ -113,13 +114,12 @@ def _read(path: Path) -> bytes:
         return b""
 
 
-def test_what_answers_otherwise_or_dies_there_is_known_before_it_is_timed(there: DeviceHost) -> None:
-    assert there.check(entry("numpy-float32")) is None
-    told = there.check(entry("numpy-int8"))
-    assert told is not None
-    assert told.endswith("than here: output 'x_out' differs in 5 of 6 values")
-    with pytest.raises(WorkerError, match=r"does not run on .*: signal 6, fatal: kernel aborted"):
-        there.check(entry("other-float32"))
+def test_golden_answers_are_compared_with_what_came_along(there: DeviceHost) -> None:
+    golden = there.golden(entry("numpy-float32"))
+    np.testing.assert_array_equal(golden.inputs["x"], X)
+    assert golden.difference({"x_out": 2 * X}) is None
+    told = golden.difference({"x_out": np.float32(2.5) * X})
+    assert told == f"answers otherwise on {there.name} than here: output 'x_out' differs in 5 of 6 values"
 
 
 def test_a_worker_that_a_signal_ends_is_no_lost_connection(there: DeviceHost) -> None:
@@ -134,13 +134,15 @@ def test_the_bench_there(there: DeviceHost, tmp_path: Path) -> None:
     told = run_bench(entries, None, threads=(1,), pace=PACE, host=there, results_path=tmp_path / "results.jsonl")
     good, wrong, dead = told["artifacts"]
     assert [good["valid"], wrong["valid"], dead["valid"]] == [True, False, False]
+    assert "differs in 5 of 6 values" in wrong["reasons"][0]
+    assert "the worker died with signal 6: fatal: kernel aborted" in dead["reasons"][0]
     assert good["latency_s"]["samples"] >= 20
     assert good["latency_s"]["p50"] > 0
     assert told["machine"]["host"] == there.name
     assert told["machine"]["before"].keys() == machine.state().keys()
 
 
-def test_a_connection_that_drops_is_named(make_device: Any, bundle: tuple[dict[str, Any], str, bytes]) -> None:
+def test_a_connection_that_drops_is_named(make_device: Any, bundle: tuple[Bundle, str, bytes]) -> None:
     device = make_device("amd64")
     with Host(device.alias, config=device.config) as host:
         there = brought(host, bundle)
