@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from itertools import combinations, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import pytest
 
 from edgekit.backends.fpga import interpreter, simulate, simulators
 from edgekit.backends.fpga.mac_array import cycles, fit
-from edgekit.backends.fpga.mac_array.buffers import map_words, placed
+from edgekit.backends.fpga.mac_array.buffers import placed
 from edgekit.backends.fpga.mac_array.config import Config
 from edgekit.backends.fpga.mac_array.program import Program, compiled
 from edgekit.backends.fpga.mac_array.write import write
@@ -231,21 +231,25 @@ def test_resnet8_uses_its_lanes() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_maps_that_are_needed_together_share_no_word(seed: int) -> None:
     net = random_net(seed, layers=9)
-    bases, size = placed(net, 2)
+    places = placed(net, Config(8, 2))
+    assert places.size <= 4 * sum(h * w * c for h, w, c in (t.hwc for t in net.tensors.values()))
     made = {net.input.name: -1, **{layer.output: i for i, layer in enumerate(net.layers)}}
     for index, layer in enumerate(net.layers):
         later = {name for other in net.layers[index:] for name in other.inputs} | {net.output}
-        alive = [name for name in later if made[name] < index] + [layer.output]
-        for a, b in combinations(set(alive), 2):
-            ends = [bases[n] + map_words(net.tensors[n], 2) for n in (a, b)]
-            assert ends[0] <= bases[b] or ends[1] <= bases[a], (a, b)
-            assert max(ends) <= size
+        alive = {name for name in later if made[name] < index} | {layer.output}
+        covered: set[int] = set()
+        for name in alive:
+            height, width, channels = net.tensors[name].hwc
+            words = range(places.base[name], places.base[name] + height * width * places.pitch[name])
+            assert places.pitch[name] * 2 >= channels
+            assert covered.isdisjoint(words)
+            assert words.stop <= places.size
+            covered.update(words)
 
 
 def test_a_residual_network_reuses_memory() -> None:
-    net = resnet8()
-    _, size = placed(net, 4)
-    assert size == 3 * 32 * 32 * 16 // 4  # two operands of the first addition, and its result
+    # at most three maps of 32 x 32 x 16 at once: two operands of the first addition, and its result
+    assert placed(resnet8(), Config(16, 4)).size == 3 * 32 * 32 * 16 // 4
 
 
 # --- the choice for a part -----------------------------------------------------------------------------------
@@ -351,8 +355,15 @@ def test_simulators_that_disagree(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("q", [1, 4, 16])
 def test_words_on_the_streams(bits: int, q: int) -> None:
     x = np.random.default_rng(0).integers(-(1 << (bits - 1)), 1 << (bits - 1), (3, 2, 4, 5)).astype(np.int8)
-    about = {"activation_bits": bits, "q": q, "output_shape": [2, 4, 5]}
+    pixel = 8 if q == 1 else -(-5 // q)
+    about = {
+        "activation_bits": bits,
+        "q": q,
+        "output_shape": [2, 4, 5],
+        "input_pixel_words": pixel,
+        "output_pixel_words": pixel,
+    }
     words = simulate.packed(x, about)
-    assert words.shape == (3 * 2 * 4 * -(-5 // q), -(-bits * q // 32))
+    assert words.shape == (3 * 2 * 4 * pixel, -(-bits * q // 32))
     assert int(words[0, 0]) & ((1 << bits) - 1) == int(x[0, 0, 0, 0]) & ((1 << bits) - 1)
     np.testing.assert_array_equal(simulate.unpacked(words, 3, about), x)

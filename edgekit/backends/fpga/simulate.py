@@ -1,8 +1,9 @@
 """Runs a written design in a simulator: Verilator, Icarus Verilog or yosys' CXXRTL, with the same vectors and gaps.
 
 A design is a folder with Verilog, contents of memories and a `design.json`: top, verilog, memories (names of files),
-word_bits, activation_bits, q (values of a word), input_shape, output_shape, input_words, output_words, step_number_bits
-(0: none) and steps.
+word_bits, activation_bits, q (values of a word), input_shape, output_shape, input_words, output_words (of an
+inference), input_pixel_words, output_pixel_words (of one position, channels innermost), step_number_bits (0: none) and
+steps.
 """
 
 from __future__ import annotations
@@ -133,6 +134,8 @@ def _job(about: Mapping[str, Any]) -> Job:
         word_bits=int(about["word_bits"]),
         input_words=int(about["input_words"]),
         output_words=int(about["output_words"]),
+        output_pixel_words=int(about["output_pixel_words"]),
+        output_pixel_used=-(-int(about["output_shape"][-1]) // int(about["q"])),
         step_bits=steps,
         step_values=len(about["steps"]) + 2 if steps else 1,
     )
@@ -186,8 +189,8 @@ def _cycles(tool: Tool, path: Path, n: int) -> Array:
 def packed(x: Array, about: Mapping[str, Any]) -> Array:
     """Integers (n, ...) -> uint32 (n · words, chunks): q values of activation_bits a word, 0 where channels end."""
     rows, bits, q = x.reshape(-1, x.shape[-1]), int(about["activation_bits"]), int(about["q"])
-    rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % q)))
-    values = rows.astype(np.int64).reshape(-1, q)
+    pixel = q * int(about["input_pixel_words"])
+    values = np.pad(rows, ((0, 0), (0, pixel - rows.shape[1]))).astype(np.int64).reshape(-1, q)
     stream = ((values[:, :, None] >> np.arange(bits)) & 1).astype(np.uint8).reshape(len(values), q * bits)
     stream = np.pad(stream, ((0, 0), (0, -stream.shape[1] % 32)))
     return np.packbits(stream, axis=1, bitorder="little").view("<u4")
@@ -199,5 +202,5 @@ def unpacked(words: Array, n: int, about: Mapping[str, Any]) -> Array:
     stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little")[:, : q * bits]
     values = (stream.reshape(len(words), q, bits).astype(np.int64) << np.arange(bits)).sum(axis=2)
     values = np.where(values >> (bits - 1), values - (1 << bits), values).astype(np.int8)
-    channels = shape[-1]
-    return np.asarray(values.reshape(-1, -(-channels // q) * q)[:, :channels].reshape(n, *shape))
+    pixels = values.reshape(-1, q * int(about["output_pixel_words"]))
+    return np.asarray(pixels[:, : shape[-1]].reshape(n, *shape))

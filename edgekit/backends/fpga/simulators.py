@@ -44,8 +44,9 @@ class Found:
 class Job:
     """A design as the harness sees it.
 
-    word_bits: of a word of both streams. input_words, output_words: of one inference. step_bits: of the step number, 0
-    where the design has none. step_values: different step numbers.
+    word_bits: of a word of both streams. input_words, output_words: of one inference. output_pixel_words: of one
+    position; the first output_pixel_used of them hold channels. step_bits: of the step number, 0 where the design has
+    none. step_values: different step numbers.
     """
 
     top: str
@@ -54,6 +55,8 @@ class Job:
     word_bits: int
     input_words: int
     output_words: int
+    output_pixel_words: int
+    output_pixel_used: int
     step_bits: int
     step_values: int
 
@@ -302,12 +305,14 @@ def _run_icarus(
         seconds,
     )
     call([*found.programs["vvp"], "-n", "simulation.vvp"], folder, seconds)
-    text = (folder / "output.hex").read_text(encoding="ascii").split()
-    if any(set(word) & set("xXzZ") for word in text):
-        raise WorkerError(
-            "an output word has unknown bits (x) in Icarus", "report it: a register is used before it is set"
-        )
-    values = [int(word, 16) for word in text]
+    values = []
+    for index, word in enumerate((folder / "output.hex").read_text(encoding="ascii").split()):
+        if set(word) & set("xXzZ"):
+            # words between the last channel and the next position hold what was in the memory
+            if index % job.output_pixel_words < job.output_pixel_used:
+                raise WorkerError("an output word has unknown bits (x) in Icarus", "report it with the design")
+            word = "0"
+        values.append(int(word, 16))
     rows = [[(value >> (32 * k)) & 0xFFFFFFFF for k in range(job.chunks)] for value in values]
     return np.array(rows, "<u4").reshape(-1, job.chunks)
 

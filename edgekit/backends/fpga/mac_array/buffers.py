@@ -2,33 +2,53 @@
 
 from __future__ import annotations
 
-from edgekit.backends.fpga.mac_array.config import words
-from edgekit.backends.fpga.net import IntegerNet, Tensor
+from dataclasses import dataclass
+
+from edgekit.backends.fpga.mac_array.config import Config, words
+from edgekit.backends.fpga.net import IntegerNet, Layer
 
 
-def map_words(tensor: Tensor, q: int) -> int:
-    height, width, channels = tensor.hwc
-    return height * width * words(channels, q)
+@dataclass(frozen=True)
+class Places:
+    """base: first word of every tensor. pitch: words of its pixels, those in between included. size: words in all."""
+
+    base: dict[str, int]
+    pitch: dict[str, int]
+    size: int
 
 
-def placed(net: IntegerNet, q: int) -> tuple[dict[str, int], int]:
-    """First word of every tensor, and the words in all.
+def by_channel(layer: Layer) -> bool:
+    """Layers in which every channel is by itself: they read whole rows of banks."""
+    return layer.kind not in {"conv", "dense"}
 
-    The largest first, each at the lowest place that no tensor alive at the same time covers. A tensor is alive from the
-    layer that makes it to the last that reads it, both included: no layer overwrites what it reads.
+
+def placed(net: IntegerNet, config: Config) -> Places:
+    """The largest first, each at the lowest place that no tensor alive at the same time covers.
+
+    A tensor is alive from the layer that makes it to the last that reads it, both included: no layer overwrites what it
+    reads. Pixels that a step by channel reads begin with the first bank.
     """
+    rows = {name for layer in net.layers if by_channel(layer) for name in layer.inputs}
+    pitch, sizes = {}, {}
+    for name, tensor in net.tensors.items():
+        height, width, channels = tensor.hwc
+        own = words(channels, config.q)
+        pitch[name] = _up(own, config.banks) if name in rows else own
+        sizes[name] = _up(height * width * pitch[name], config.banks)
     lives = _lives(net)
-    sizes = {name: map_words(net.tensors[name], q) for name in lives}
-    bases: dict[str, int] = {}
+    base: dict[str, int] = {}
     for name in sorted(lives, key=lambda n: (-sizes[n], lives[n])):
-        taken = sorted((bases[n], sizes[n]) for n in bases if _meet(lives[n], lives[name]))
-        base = 0
-        for other, size in taken:
-            if base + sizes[name] <= other:
+        place = 0
+        for other in sorted((n for n in base if _meet(lives[n], lives[name])), key=lambda n: base[n]):
+            if place + sizes[name] <= base[other]:
                 break
-            base = max(base, other + size)
-        bases[name] = base
-    return bases, max(bases[n] + sizes[n] for n in bases)
+            place = max(place, base[other] + sizes[other])
+        base[name] = place
+    return Places(base, pitch, max(base[n] + sizes[n] for n in base))
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
 
 
 def _lives(net: IntegerNet) -> dict[str, tuple[int, int]]:

@@ -36,6 +36,21 @@ class Config:
         return self.p * self.q
 
     @property
+    def banks(self) -> int:
+        """Memory banks of q channels each that are read at once in steps by channel: a power of two."""
+        return 1 << ((self.p // self.q).bit_length() - 1)
+
+    @property
+    def row(self) -> int:
+        """Channels that steps by channel take at once."""
+        return self.banks * self.q
+
+    @property
+    def slices(self) -> int:
+        """Taps of a step by channel whose weights fit into one word of weights."""
+        return self.lanes // self.row
+
+    @property
     def levels(self) -> int:
         """Levels of the tree that adds q products."""
         return self.q.bit_length() - 1

@@ -42,7 +42,7 @@ def block_rams(program: Program) -> dict[str, int]:
     """Estimated blocks of each memory."""
     w, config = program.widths, program.config
     return {
-        "feature maps": blocks(program.feature_words, config.q * w.activation),
+        "feature maps": config.banks * blocks(program.bank_words, config.q * w.activation),
         "weights": blocks(len(program.weights), config.lanes * w.weight),
         "biases": blocks(len(program.biases), config.q * (w.bias + w.shift)),
         "program": blocks(program.step_words * (len(program.steps) + 1), PROGRAM_WORD),

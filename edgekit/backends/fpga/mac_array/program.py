@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekit.backends.fpga.mac_array.buffers import map_words
+from edgekit.backends.fpga.mac_array.buffers import Places
 from edgekit.backends.fpga.mac_array.config import Config, bits_for
 from edgekit.backends.fpga.mac_array.steps import LOOPS, MOST_LEFT, Step, lane_weight_bits, steps_of
 from edgekit.backends.fpga.net import IntegerNet, Layer
@@ -47,15 +47,14 @@ class Program:
     """Everything that the engine needs to run one network.
 
     weights: int64 (words, p, q). biases, shifts: int64 (words, q). weight_bases, bias_bases: of each step.
-    bases: first word of every tensor in the memory of feature maps, which has feature_words.
+    places: of the feature maps in their memory.
     """
 
     net: IntegerNet
     config: Config
     widths: Widths
     steps: tuple[Step, ...]
-    bases: dict[str, int]
-    feature_words: int
+    places: Places
     weights: Array
     biases: Array
     shifts: Array
@@ -64,11 +63,19 @@ class Program:
 
     @property
     def input_words(self) -> int:
-        return map_words(self.net.input, self.config.q)
+        return self._words(self.net.input.name)
 
     @property
     def output_words(self) -> int:
-        return map_words(self.net.tensors[self.net.output], self.config.q)
+        return self._words(self.net.output)
+
+    def _words(self, tensor: str) -> int:
+        height, width, _ = self.net.tensors[tensor].hwc
+        return height * width * self.places.pitch[tensor]
+
+    @property
+    def bank_words(self) -> int:
+        return -(-self.places.size // self.config.banks)
 
     @property
     def step_words(self) -> int:
@@ -111,7 +118,7 @@ class Program:
     def program_words(self) -> list[int]:
         """All steps, and the one that sends the output."""
         values = [self._values(index) for index in range(len(self.steps))]
-        values.append({"feature_base": self.bases[self.net.output], "sends": 1})
+        values.append({"feature_base": self.places.base[self.net.output], "sends": 1})
         made: list[int] = []
         for step in values:
             bits, at = 0, 0
@@ -155,17 +162,16 @@ class Program:
 def compiled(net: IntegerNet, config: Config) -> Program:
     """Raises UnsupportedOpError for what the array has no form for."""
     weight_bits = lane_weight_bits(net)
-    steps, bases, feature_words = steps_of(net, config, weight_bits)
+    steps, places = steps_of(net, config, weight_bits)
     weights, weight_bases = _stacked([s.weights for s in steps])
     results, bias_bases = _stacked([np.stack([s.biases, s.shifts]) for s in steps], axis=1)
     biases, shifts = results
     return Program(
         net=net,
         config=config,
-        widths=_widths(net, config, steps, weight_bits, feature_words, len(weights), biases, shifts),
+        widths=_widths(net, config, steps, weight_bits, places, len(weights), biases, shifts),
         steps=steps,
-        bases=bases,
-        feature_words=feature_words,
+        places=places,
         weights=weights,
         biases=biases,
         shifts=shifts,
@@ -198,7 +204,7 @@ def _widths(
     config: Config,
     steps: tuple[Step, ...],
     weight_bits: int,
-    feature_words: int,
+    places: Places,
     weight_words: int,
     biases: Array,
     shifts: Array,
@@ -227,11 +233,11 @@ def _widths(
         count=bits_for(max(max(s.counts) for s in steps)),
         # positions before the map are large numbers when read without sign: one bit more than the last position needs
         coordinate=(max(spans, default=1) + 2 * max(kernels)).bit_length() + 1,
-        feature_address=bits_for(feature_words),
+        feature_address=max(bits_for(places.size), config.banks.bit_length()),
         weight_address=bits_for(weight_words),
         bias_address=bits_for(len(biases)),
         step_number=(len(steps) + 1).bit_length(),
-        slice=bits_for(config.p),
+        slice=bits_for(config.slices),
     )
 
 

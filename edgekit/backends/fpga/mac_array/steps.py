@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekit.backends.fpga.mac_array.buffers import placed
+from edgekit.backends.fpga.mac_array.buffers import Places, placed
 from edgekit.backends.fpga.mac_array.config import Config, words
 from edgekit.backends.fpga.net import IntegerNet, Layer, limits
 from edgekit.errors import UnsupportedOpError
@@ -86,20 +86,20 @@ class Step:
         return tuple(stride - back for stride, back in zip(strides, ended, strict=True))
 
 
-def steps_of(net: IntegerNet, config: Config, weight_bits: int) -> tuple[tuple[Step, ...], dict[str, int], int]:
-    """Steps, first word of every tensor, words of feature maps. weight_bits: width of a lane's weight."""
-    bases, size = placed(net, config.q)
+def steps_of(net: IntegerNet, config: Config, weight_bits: int) -> tuple[tuple[Step, ...], Places]:
+    """weight_bits: width of a lane's weight."""
+    places = placed(net, config)
     made: list[Step] = []
     for layer in net.layers:
         if layer.kind in {"conv", "dense"}:
-            made.append(_product(net, layer, config, bases))
+            made.append(_product(net, layer, config, places))
         elif layer.kind == "add":
-            made.append(_add(net, layer, config, bases, weight_bits))
+            made.append(_add(net, layer, config, places, weight_bits))
         elif layer.kind == "concat":
-            made.extend(_concat(net, layer, config, bases))
+            made.extend(_concat(net, layer, config, places))
         else:
-            made.append(_by_channel(net, layer, config, bases))
-    return tuple(made), bases, size
+            made.append(_by_channel(net, layer, config, places))
+    return tuple(made), places
 
 
 def lane_weight_bits(net: IntegerNet) -> int:
@@ -109,20 +109,18 @@ def lane_weight_bits(net: IntegerNet) -> int:
 
 
 # --- window arithmetic -----------------------------------------------------------------------------------
-def _window(net: IntegerNet, layer: Layer, config: Config, bases: dict[str, int]) -> dict[str, Any]:
+def _window(net: IntegerNet, layer: Layer, config: Config, places: Places) -> dict[str, Any]:
     """What convolutions and pools have in common: the walk of a window over a padded map."""
-    height, width, channels = net.tensors[layer.inputs[0]].hwc
-    _, _, out_channels = net.tensors[layer.output].hwc
-    pixel, out_pixel = words(channels, config.q), words(out_channels, config.q)
+    height, width, _ = net.tensors[layer.inputs[0]].hwc
+    pixel = places.pitch[layer.inputs[0]]
     (down, across), (top, left, bottom, right) = layer.strides, layer.pads
     padded = (top, left, bottom, right) != (0, 0, 0, 0)
     return {
         "layer": layer.name,
         "kind": layer.kind,
         "strides": (1, pixel, width * pixel, 0, across * pixel, down * width * pixel),
-        "base": bases[layer.inputs[0]] - (top * width + left) * pixel,
-        "output_base": bases[layer.output],
-        "output_pixel": 1,
+        "base": places.base[layer.inputs[0]] - (top * width + left) * pixel,
+        **_target(net, layer, config, places),
         "rows_moved": (0, 0, 1, 0, 0, down),
         "columns_moved": (0, 1, 0, 0, across, 0),
         "row_base": -top,
@@ -131,12 +129,23 @@ def _window(net: IntegerNet, layer: Layer, config: Config, bases: dict[str, int]
         "columns": width if padded else 0,
         "low": layer.low,
         "high": layer.high,
-        "words_full": min(out_pixel, config.p // config.q),
         "macs": net.macs(layer),
     }
 
 
-def _product(net: IntegerNet, layer: Layer, config: Config, bases: dict[str, int]) -> Step:
+def _target(net: IntegerNet, layer: Layer, config: Config, places: Places) -> dict[str, Any]:
+    """Where results go: after the last word of a pixel the address moves on to the next pixel."""
+    own = words(net.tensors[layer.output].hwc[2], config.q)
+    return {"output_base": places.base[layer.output], "output_pixel": 1 + places.pitch[layer.output] - own}
+
+
+def _grouped(count: int, most: int) -> dict[str, Any]:
+    """Result words of a pixel's groups, all but the last and the last."""
+    full = min(count, most)
+    return {"words_full": full, "words_last": count - (-(-count // full) - 1) * full}
+
+
+def _product(net: IntegerNet, layer: Layer, config: Config, places: Places) -> Step:
     """A convolution; a dense layer is one whose window is the whole map."""
     source, target = net.tensors[layer.inputs[0]], net.tensors[layer.output]
     height, width, channels = source.hwc
@@ -145,15 +154,12 @@ def _product(net: IntegerNet, layer: Layer, config: Config, bases: dict[str, int
     assert layer.weights is not None
     weights = layer.weights.reshape(out_channels, rows, columns, channels)
     groups = -(-out_channels // config.p)
-    common = _window(net, layer, config, bases)
-    out_words = words(out_channels, config.q)
-    full = common["words_full"]
     return Step(
-        **common,
+        **_window(net, layer, config, places),
         counts=(words(channels, config.q), columns, rows, groups, out_width, out_height),
         weights=_lane_words(weights, config),
         **_results(layer, config),
-        words_last=out_words - (groups - 1) * full if groups > 1 else out_words,
+        **_grouped(words(out_channels, config.q), config.p // config.q),
     )
 
 
@@ -179,25 +185,25 @@ def _results(layer: Layer, config: Config) -> dict[str, Any]:
 
 
 # --- steps by channel ------------------------------------------------------------------------------------
-def _by_channel(net: IntegerNet, layer: Layer, config: Config, bases: dict[str, int]) -> Step:
-    """Depthwise convolution and pools: every channel by itself, q at a time."""
+def _by_channel(net: IntegerNet, layer: Layer, config: Config, places: Places) -> Step:
+    """Depthwise convolution and pools: every channel by itself, a row of banks at a time."""
     out_height, out_width, channels = net.tensors[layer.output].hwc
-    pixel = words(channels, config.q)
-    common = _window(net, layer, config, bases)
+    groups = -(-channels // config.row)
+    common = _window(net, layer, config, places)
     one, word, row, _, column, line = common.pop("strides")
     if layer.weights is not None:
-        filled = np.zeros((*layer.kernel, pixel * config.q), np.int64)
+        filled = np.zeros((*layer.kernel, groups * config.row), np.int64)
         filled[:, :, :channels] = layer.weights.transpose(1, 2, 0)
-        slices = filled.reshape(-1, pixel, config.q).transpose(1, 0, 2).reshape(-1, config.q)
+        slices = filled.reshape(-1, groups, config.row).transpose(1, 0, 2).reshape(-1, config.row)
         own = {"weights": _slice_words(slices, config), **_results(layer, config)}
     else:
         own = {**_unit(layer.shift[0], config), "weight_fixed": True, "bias_repeat": True}
     return Step(
-        **{**common, "words_full": 1},
-        counts=(1, layer.kernel[1], layer.kernel[0], pixel, out_width, out_height),
-        strides=(one, word, row, 1, column, line),
+        **common,
+        counts=(1, layer.kernel[1], layer.kernel[0], groups, out_width, out_height),
+        strides=(one, word, row, config.banks, column, line),
         **own,
-        words_last=1,
+        **_grouped(words(channels, config.q), config.banks),
         by_channel=True,
         maximum=layer.kind == "maxpool",
         multiplier=layer.multiplier,
@@ -205,28 +211,29 @@ def _by_channel(net: IntegerNet, layer: Layer, config: Config, bases: dict[str, 
 
 
 def _slice_words(slices: Array, config: Config) -> Array:
-    """(taps, q) -> (words, p, q): p taps share a word."""
-    filled = np.zeros((-(-len(slices) // config.p) * config.p, config.q), np.int64)
-    filled[: len(slices)] = slices
+    """(taps, row) -> (words, p, q): several taps share a word, the first in its lowest bits."""
+    filled = np.zeros((-(-len(slices) // config.slices), config.lanes), np.int64)
+    used = config.slices * config.row
+    padded = np.zeros((len(filled) * config.slices, config.row), np.int64)
+    padded[: len(slices)] = slices
+    filled[:, :used] = padded.reshape(len(filled), used)
     return filled.reshape(-1, config.p, config.q)
 
 
 def _unit(shift: int, config: Config) -> dict[str, Any]:
     """Weight 1, bias 0 and one shift for all channels."""
     return {
-        "weights": _slice_words(np.ones((1, config.q), np.int64), config),
+        "weights": _slice_words(np.ones((1, config.row), np.int64), config),
         "biases": np.zeros((1, config.q), np.int64),
         "shifts": np.full((1, config.q), shift, np.int64),
     }
 
 
-def _add(net: IntegerNet, layer: Layer, config: Config, bases: dict[str, int], weight_bits: int) -> Step:
-    """Two taps a word, one from each operand, whose weights are the operands' shifts to the left.
+def _add(net: IntegerNet, layer: Layer, config: Config, places: Places, weight_bits: int) -> Step:
+    """Two taps a row, one from each operand, whose weights are the operands' shifts to the left.
 
     A shift beyond the width of a weight takes several taps of the largest power of two.
     """
-    height, width, channels = net.tensors[layer.output].hwc
-    line = width * words(channels, config.q)
     largest = limits(weight_bits)[1].bit_length() - 1
     if max(layer.input_shifts) > MOST_ADD_SHIFT:
         raise UnsupportedOpError(
@@ -237,59 +244,70 @@ def _add(net: IntegerNet, layer: Layer, config: Config, bases: dict[str, int], w
     taps = np.zeros((2, max(repeats)), np.int64)
     for operand, (repeat, shift) in enumerate(zip(repeats, layer.input_shifts, strict=True)):
         taps[operand, :repeat] = 1 << min(shift, largest)
-    slices = np.repeat(taps.reshape(-1, 1), config.q, axis=1)
-    first, second = (bases[name] for name in layer.inputs)
+    slices = np.repeat(taps.reshape(-1, 1), config.row, axis=1)
+    groups = -(-net.tensors[layer.output].hwc[2] // config.row)
+    first, second = (places.base[name] for name in layer.inputs)
     return Step(
-        layer=layer.name,
-        kind=layer.kind,
-        counts=(1, max(repeats), 2, 1, line, height),
-        strides=(0, 0, second - first, 0, 1, line),
-        base=first,
-        output_base=bases[layer.output],
-        output_pixel=1,
-        **{**_unit(layer.shift[0], config), "weights": _slice_words(slices, config)},
-        low=layer.low,
-        high=layer.high,
-        words_full=1,
-        words_last=1,
-        macs=0,
-        by_channel=True,
-        bias_repeat=True,
+        **_walk(net, layer, layer.inputs[0], config, places),
+        **{**_unit(layer.shift[0], config), "weights": _slice_words(np.tile(slices, (groups, 1)), config)},
+        counts=(1, max(repeats), 2, *_walked(net, layer.inputs[0], config)),
+        strides=(0, 0, second - first, *_pixels(net, layer.inputs[0], config, places)),
     )
 
 
-def _concat(net: IntegerNet, layer: Layer, config: Config, bases: dict[str, int]) -> list[Step]:
+def _concat(net: IntegerNet, layer: Layer, config: Config, places: Places) -> list[Step]:
     """A copy of each operand, requantized, into its words of the output's pixels."""
-    height, width, channels = net.tensors[layer.output].hwc
-    pixel, done = words(channels, config.q), 0
+    done = 0
     made = []
     for index, name in enumerate(layer.inputs):
-        own = net.tensors[name].hwc[2]
-        if own % config.q and index + 1 < len(layer.inputs):
+        channels = net.tensors[name].hwc[2]
+        if channels % config.q and index + 1 < len(layer.inputs):
             raise UnsupportedOpError(
-                f"concat '{layer.name}': operand '{name}' has {own} channels, memory words hold {config.q}",
+                f"concat '{layer.name}': operand '{name}' has {channels} channels, memory words hold {config.q}",
                 f"all operands but the last need a multiple of {config.q} channels",
             )
-        deep = words(own, config.q)
+        walk = _walk(net, layer, name, config, places)
+        own = words(channels, config.q)
         made.append(
             Step(
-                layer=layer.name,
-                kind=layer.kind,
-                counts=(1, 1, 1, deep, width, height),
-                strides=(0, 0, 0, 1, deep, width * deep),
-                base=bases[name],
-                output_base=bases[layer.output] + done,
-                output_pixel=1 + pixel - deep,
+                **{
+                    **walk,
+                    "output_base": walk["output_base"] + done,
+                    "output_pixel": 1 + places.pitch[layer.output] - own,
+                },
                 **_unit(layer.shift[index], config),
-                low=layer.low,
-                high=layer.high,
-                words_full=1,
-                words_last=1,
-                macs=0,
-                by_channel=True,
+                counts=(1, 1, 1, *_walked(net, name, config)),
+                strides=(0, 0, 0, *_pixels(net, name, config, places)),
                 weight_fixed=True,
-                bias_repeat=True,
             )
         )
-        done += deep
+        done += own
     return made
+
+
+def _walk(net: IntegerNet, layer: Layer, name: str, config: Config, places: Places) -> dict[str, Any]:
+    """What steps have in common that go once over the pixels of a tensor."""
+    return {
+        "layer": layer.name,
+        "kind": layer.kind,
+        "base": places.base[name],
+        **_target(net, layer, config, places),
+        "low": layer.low,
+        "high": layer.high,
+        **_grouped(words(net.tensors[name].hwc[2], config.q), config.banks),
+        "macs": 0,
+        "by_channel": True,
+        "bias_repeat": True,
+    }
+
+
+def _walked(net: IntegerNet, name: str, config: Config) -> tuple[int, int, int]:
+    """Loops over the rows of banks of a pixel, columns and rows of a tensor."""
+    height, width, channels = net.tensors[name].hwc
+    return -(-channels // config.row), width, height
+
+
+def _pixels(net: IntegerNet, name: str, config: Config, places: Places) -> tuple[int, int, int]:
+    """Words that these loops move."""
+    _, width, _ = net.tensors[name].hwc
+    return config.banks, places.pitch[name], width * places.pitch[name]

@@ -50,6 +50,8 @@ def describe(program: Program) -> dict[str, Any]:
         "activation_bits": program.widths.activation,
         "input_shape": list(net.input.shape),
         "output_shape": list(target.shape),
+        "input_pixel_words": program.places.pitch[net.input.name],
+        "output_pixel_words": program.places.pitch[net.output],
         "input_words": program.input_words,
         "output_words": program.output_words,
         "step_number_bits": program.widths.step_number,
@@ -57,7 +59,7 @@ def describe(program: Program) -> dict[str, Any]:
             {"layer": s.layer, "kind": s.kind, "macs": s.macs, "cycles": step_cycles(program, s)} for s in program.steps
         ],
         "cycles": inference_cycles(program),
-        "feature_words": program.feature_words,
+        "feature_words": program.places.size,
         "weight_words": len(program.weights),
         "bias_words": len(program.biases),
     }
@@ -116,12 +118,15 @@ def _top(program: Program) -> str:
                 *("weight_address", "bias_address", "step_number"),
             )
         },
-        "FEATURE_WORDS": program.feature_words,
+        "SELECT": config.banks.bit_length() - 1,
+        "BANKS": config.banks,
+        "SLICES": config.slices,
+        "BANK_WORDS": program.bank_words,
         "PROGRAM_ADDRESS": program_address,
         "STEP_WORDS": program.step_words,
         "BY_CHANNEL": int(any(s.by_channel for s in program.steps)),
         "MAXIMUM": int(any(s.maximum for s in program.steps)),
-        "INPUT_BASE": program.bases[program.net.input.name],
+        "INPUT_BASE": program.places.base[program.net.input.name],
         "INPUT_WORDS": program.input_words,
         "OUTPUT_WORDS": program.output_words,
     }

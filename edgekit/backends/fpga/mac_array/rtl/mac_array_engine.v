@@ -4,6 +4,9 @@ module mac_array_engine #(
     parameter P = 16,
     parameter Q = 4,
     parameter LEVELS = 2,
+    parameter SELECT = 2,           // log2 of the banks of feature maps
+    parameter BANKS = 4,
+    parameter SLICES = 4,           // taps of a step by channel that share a weight word
     parameter ACTIVATION = 8,
     parameter WEIGHT = 8,
     parameter SLICE = 4,
@@ -18,7 +21,7 @@ module mac_array_engine #(
     parameter IDLE = 3,
     parameter COUNT = 8,
     parameter COORDINATE = 8,
-    parameter FEATURE_WORDS = 1024,
+    parameter BANK_WORDS = 256,
     parameter FEATURE_ADDRESS = 10,
     parameter WEIGHT_ADDRESS = 10,
     parameter BIAS_ADDRESS = 8,
@@ -100,7 +103,8 @@ module mac_array_engine #(
     wire issue, first, last, last_group, last_of_step, outside;
     wire [FEATURE_ADDRESS-1:0] feature_address;
     wire [SLICE-1:0] slice;
-    wire [Q*ACTIVATION-1:0] feature_data;
+    wire [Q*ACTIVATION-1:0] feature_word;
+    wire [BANKS*Q*ACTIVATION-1:0] feature_row;
     wire sums_valid, sums_pixel_ends, sums_step_ends;
     wire [Q*ACCUMULATOR-1:0] sums;
     wire result_write;
@@ -109,7 +113,7 @@ module mac_array_engine #(
 
     mac_array_sequencer #(
         .COUNT(COUNT), .IDLE(IDLE), .FEATURE_ADDRESS(FEATURE_ADDRESS), .WEIGHT_ADDRESS(WEIGHT_ADDRESS),
-        .SLICES(P), .SLICE(SLICE), .COORDINATE(COORDINATE)
+        .SLICES(SLICES), .SLICE(SLICE), .COORDINATE(COORDINATE)
     ) sequencer (
         .clk(clk), .reset(reset), .start(start), .walk(!sends), .advance(send),
         .loop_last(loop_last), .feature_increment(feature_increment),
@@ -123,13 +127,13 @@ module mac_array_engine #(
     );
 
     mac_array_lanes #(
-        .P(P), .Q(Q), .LEVELS(LEVELS), .ACTIVATION(ACTIVATION), .WEIGHT(WEIGHT), .SLICE(SLICE),
+        .P(P), .Q(Q), .LEVELS(LEVELS), .BANKS(BANKS), .ACTIVATION(ACTIVATION), .WEIGHT(WEIGHT), .SLICE(SLICE),
         .ACCUMULATOR(ACCUMULATOR), .DRAIN(DRAIN), .BY_CHANNEL(BY_CHANNEL), .MAXIMUM(MAXIMUM)
     ) lanes (
         .clk(clk), .reset(reset), .by_channel(by_channel), .maximum(maximum),
         .words_full(words_full), .words_last(words_last),
         .valid(issue), .first(first), .last(last), .last_group(last_group), .last_of_step(last_of_step),
-        .outside(outside), .slice(slice), .features(feature_data), .weights(weight_data),
+        .outside(outside), .slice(slice), .word(feature_word), .row(feature_row), .weights(weight_data),
         .out_valid(sums_valid), .out_sums(sums), .out_pixel_ends(sums_pixel_ends), .out_step_ends(sums_step_ends)
     );
 
@@ -153,9 +157,11 @@ module mac_array_engine #(
         feature_write_address <= (state == LOADING) ? load_address : result_address;
         feature_write_data <= (state == LOADING) ? in_data : result;
     end
-    mac_array_memory #(.WIDTH(Q*ACTIVATION), .DEPTH(FEATURE_WORDS), .ADDRESS(FEATURE_ADDRESS)) features (
+    mac_array_memory #(
+        .WIDTH(Q*ACTIVATION), .SELECT(SELECT), .BANKS(BANKS), .DEPTH(BANK_WORDS), .ADDRESS(FEATURE_ADDRESS)
+    ) features (
         .clk(clk), .write(feature_write), .write_address(feature_write_address), .write_data(feature_write_data),
-        .read_address(feature_address), .read_data(feature_data)
+        .read_address(feature_address), .read_word(feature_word), .read_row(feature_row)
     );
 
     // --- loading, fetching a step's registers, running it, sending
@@ -203,7 +209,7 @@ module mac_array_engine #(
                 default: begin
                     fresh <= !send;
                     if (send) begin
-                        out_data <= feature_data;
+                        out_data <= feature_word;
                         out_valid <= 1'b1;
                         out_last <= (words_left == 1);
                         words_left <= words_left - 1'b1;

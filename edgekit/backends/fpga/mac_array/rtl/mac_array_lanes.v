@@ -1,10 +1,12 @@
 // P outputs x Q inputs multiply-accumulate lanes: each cycle P dot products of Q words, each added to its accumulator.
-// In a step by channel (depthwise, add, pools) output p < Q takes input p alone, and one row of the weight word.
+// In a step by channel (depthwise, add, pools) output p takes channel p of a row of BANKS words alone, and one slice of
+// the weight word, which holds one weight for each of these channels.
 // The results of a group leave Q at a time while the next group accumulates.
 module mac_array_lanes #(
     parameter P = 16,
     parameter Q = 4,
     parameter LEVELS = 2,  // log2 of Q
+    parameter BANKS = 4,
     parameter ACTIVATION = 8,
     parameter WEIGHT = 8,
     parameter SLICE = 4,
@@ -28,7 +30,8 @@ module mac_array_lanes #(
     input wire outside,
     input wire [SLICE-1:0] slice,
     // one cycle later
-    input wire [Q*ACTIVATION-1:0] features,
+    input wire [Q*ACTIVATION-1:0] word,
+    input wire [BANKS*Q*ACTIVATION-1:0] row,
     input wire [P*Q*WEIGHT-1:0] weights,
     // results
     output reg out_valid,
@@ -65,58 +68,68 @@ module mac_array_lanes #(
     wire now_last = now_valid && last_at[DELAY-1];
 
     // --- operands: padding is 0, or the lowest number where the maximum is wanted
+    localparam ROW = BANKS * Q;  // channels of a step by channel
     localparam [ACTIVATION-1:0] LOWEST = {1'b1, {(ACTIVATION-1){1'b0}}};
     reg [Q*ACTIVATION-1:0] x_1;
     reg [Q*ACTIVATION-1:0] x_2;
-    reg [Q*ACTIVATION-1:0] x_3;
+    reg [Q*ACTIVATION-1:0] x_3;            // of all outputs; 0 in a step by channel
+    reg [ROW*ACTIVATION-1:0] row_1;
+    reg [ROW*ACTIVATION-1:0] row_2;
+    reg [ROW*ACTIVATION-1:0] own_x_3;      // of the one lane of each output that works in a step by channel
     reg [P*Q*WEIGHT-1:0] w_1;
     reg [P*Q*WEIGHT-1:0] w_2;
     reg [P*Q*WEIGHT-1:0] w_3;
-    reg [Q*WEIGHT-1:0] row_2;
+    reg [ROW*WEIGHT-1:0] slice_w_2;
     genvar p;
     genvar q;
-    genvar level;
+
     always @(posedge clk) begin
-        x_1 <= !outside_at[0] ? features : (MAXIMUM && maximum) ? {Q{LOWEST}} : {(Q*ACTIVATION){1'b0}};
-        x_2 <= x_1;
-        x_3 <= x_2;
+        x_1 <= word;
+        x_2 <= outside_at[1] ? {(Q*ACTIVATION){1'b0}} : x_1;
+        x_3 <= (BY_CHANNEL && by_channel) ? {(Q*ACTIVATION){1'b0}} : x_2;
+        row_1 <= row;
+        row_2 <= !outside_at[1] ? row_1 : (MAXIMUM && maximum) ? {ROW{LOWEST}} : {(ROW*ACTIVATION){1'b0}};
         w_1 <= weights;
         w_2 <= w_1;
-        row_2 <= w_1[slice_2*(Q*WEIGHT) +: Q*WEIGHT];
+        slice_w_2 <= w_1[slice_2*(ROW*WEIGHT) +: ROW*WEIGHT];
     end
     generate
-        for (p = 0; p < P; p = p + 1) begin : own
+        for (p = 0; p < P; p = p + 1) begin : weights_of
             for (q = 0; q < Q; q = q + 1) begin : input_of
                 localparam AT = (p*Q + q) * WEIGHT;
-                if (BY_CHANNEL && p < Q) begin : either
+                if (BY_CHANNEL && p < ROW && p % Q == q) begin : either
                     always @(posedge clk)
-                        if (!by_channel) w_3[AT +: WEIGHT] <= w_2[AT +: WEIGHT];
-                        else w_3[AT +: WEIGHT] <= (p == q) ? row_2[q*WEIGHT +: WEIGHT] : {WEIGHT{1'b0}};
-                end else begin : all
+                        w_3[AT +: WEIGHT] <= by_channel ? slice_w_2[p*WEIGHT +: WEIGHT] : w_2[AT +: WEIGHT];
+                end else begin : always_full
                     always @(posedge clk) w_3[AT +: WEIGHT] <= w_2[AT +: WEIGHT];
                 end
             end
         end
+        for (p = 0; p < ROW; p = p + 1) begin : own_x
+            always @(posedge clk)
+                own_x_3[p*ACTIVATION +: ACTIVATION] <= by_channel ? row_2[p*ACTIVATION +: ACTIVATION]
+                    : x_2[(p % Q)*ACTIVATION +: ACTIVATION];
+        end
     endgenerate
 
-    // --- the maximum of each of the Q inputs over the window
-    reg [Q*ACTIVATION-1:0] largest;
-    reg [Q*ACTIVATION-1:0] larger;
-    wire [Q*ACTIVATION-1:0] x_now;
+    // --- the maximum of each channel of the row over the window
+    reg [ROW*ACTIVATION-1:0] largest;
+    reg [ROW*ACTIVATION-1:0] larger;
+    wire [ROW*ACTIVATION-1:0] x_now;
     generate
         if (MAXIMUM) begin : delayed
-            reg [(LEVELS+1)*Q*ACTIVATION-1:0] x_later;
+            reg [(LEVELS+1)*ROW*ACTIVATION-1:0] x_later;
             always @(posedge clk)
-                if (LEVELS == 0) x_later <= x_3;
-                else x_later <= {x_later, x_3};
-            assign x_now = x_later[LEVELS*Q*ACTIVATION +: Q*ACTIVATION];
+                if (LEVELS == 0) x_later <= own_x_3;
+                else x_later <= {x_later[LEVELS*ROW*ACTIVATION-1:0], own_x_3};
+            assign x_now = x_later[LEVELS*ROW*ACTIVATION +: ROW*ACTIVATION];
         end else begin : absent
-            assign x_now = {(Q*ACTIVATION){1'b0}};
+            assign x_now = {(ROW*ACTIVATION){1'b0}};
         end
     endgenerate
     integer i;
     always @* begin
-        for (i = 0; i < Q; i = i + 1)
+        for (i = 0; i < ROW; i = i + 1)
             larger[i*ACTIVATION +: ACTIVATION] =
                 (now_first || $signed(x_now[i*ACTIVATION +: ACTIVATION]) > $signed(largest[i*ACTIVATION +: ACTIVATION]))
                 ? x_now[i*ACTIVATION +: ACTIVATION] : largest[i*ACTIVATION +: ACTIVATION];
@@ -132,7 +145,12 @@ module mac_array_lanes #(
                 reg signed [SUM-1:0] value;
             end
             for (q = 0; q < Q; q = q + 1) begin : products
-                wire signed [ACTIVATION-1:0] x = x_3[q*ACTIVATION +: ACTIVATION];
+                wire signed [ACTIVATION-1:0] x;
+                if (BY_CHANNEL && p < ROW && p % Q == q) begin : either
+                    assign x = own_x_3[p*ACTIVATION +: ACTIVATION];
+                end else begin : shared
+                    assign x = x_3[q*ACTIVATION +: ACTIVATION];
+                end
                 wire signed [WEIGHT-1:0] w = w_3[(p*Q + q)*WEIGHT +: WEIGHT];
                 wire signed [PRODUCT-1:0] product = x * w;
                 always @(posedge clk) node[Q + q].value <= product;
@@ -145,7 +163,7 @@ module mac_array_lanes #(
             wire signed [ACCUMULATOR-1:0] wide = node[1].value;
             wire signed [ACCUMULATOR-1:0] next = now_first ? wide : sum + wide;
             always @(posedge clk) if (now_valid) sum <= next;
-            if (MAXIMUM && p < Q) begin : either
+            if (MAXIMUM && p < ROW) begin : either
                 wire signed [ACTIVATION-1:0] top = larger[p*ACTIVATION +: ACTIVATION];
                 wire signed [ACCUMULATOR-1:0] top_wide = top;
                 assign finished[p*ACCUMULATOR +: ACCUMULATOR] = maximum ? top_wide : next;

@@ -49,16 +49,17 @@ module mac_array_sequencer #(
 
     // --- the loops
     wire [5:0] at_last;
-    wire [6:0] carry;
-    assign carry[0] = issue;
+    wire [5:0] steps = {
+        issue && (&at_last[4:0]), issue && (&at_last[3:0]), issue && (&at_last[2:0]),
+        issue && (&at_last[1:0]), issue && at_last[0], issue
+    };
     genvar level;
     generate
         for (level = 0; level < 6; level = level + 1) begin : loops
             mac_array_counter #(.WIDTH(COUNT)) counter (
-                .clk(clk), .load(start), .step(carry[level]),
+                .clk(clk), .load(start), .step(steps[level]),
                 .last(loop_last[level*COUNT +: COUNT]), .at_last(at_last[level])
             );
-            assign carry[level+1] = carry[level] && at_last[level];
         end
     endgenerate
     wire group_ends = at_last[0] && at_last[1] && at_last[2];
