@@ -1,4 +1,4 @@
-"""The one quantized form as data: the rules of the LiteRT int8 specification, which every runtime accepts.
+"""The one quantized form as data: the rules of the LiteRT int8 specification, which every runtime accepts; an FPGA's.
 
 The quantizer decides by these tables and the LiteRT lowering checks by them, so that what one writes the other takes.
 """
@@ -6,6 +6,7 @@ The quantizer decides by these tables and the LiteRT lowering checks by them, so
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 # several inputs that must share one scale
 JOINS = frozenset({"Concat", "Max", "Min"})
@@ -42,8 +43,19 @@ INTEGER_16 = frozenset(
 FIXED_OUTPUT_16: Mapping[str, tuple[float, int]] = dict.fromkeys(("Softmax", "Sigmoid", "Tanh"), (1 / 32768, 0))
 
 
-def integer(bits: int) -> frozenset[str]:
+# of an FPGA: symmetric, full range, power-of-two scales; 2 to 8 bits of weights and activations
+INTEGER_FPGA = frozenset(
+    {"Conv", "Gemm", "MatMul", "Add", "Relu", "Clip", "MaxPool", "GlobalMaxPool", "AveragePool", "GlobalAveragePool"}
+    | {"ReduceMean", "Concat", "Pad", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"}
+)
+
+Scheme = Literal["litert", "fpga"]
+
+
+def integer(bits: int, scheme: Scheme = "litert") -> frozenset[str]:
     """Operators with a form on activations of so many bits."""
+    if scheme == "fpga":
+        return INTEGER_FPGA
     return INTEGER if bits == 8 else INTEGER_16
 
 

@@ -170,7 +170,7 @@ def test_missing_or_no_toml(tmp_path: Path) -> None:
     refused(tmp_path / "folder", ArtifactError, "cannot read the plan")
 
 
-@pytest.mark.parametrize(("old", "new"), [("schema = 1", "schema = 99"), ("plan_schema = 3", "plan_schema = 1")])
+@pytest.mark.parametrize(("old", "new"), [("schema = 1", "schema = 99"), ("plan_schema = 4", "plan_schema = 1")])
 def test_another_schema(written: Path, old: str, new: str) -> None:
     refused(edited(written, old, new), ArtifactError, "schema")
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from edgekit.passes.apply_plan import prepared
 from edgekit.passes.calibrate import BINS, FOLDS, Observed, channel_ranges, fill_histograms, held_back, observe
 from edgekit.passes.decide import decide
+from edgekit.passes.grids import LiteRT
 from edgekit.passes.plan import Method, activation
 from edgekit.passes.quantize import QuantizeInt8
-from edgekit.passes.ranges import ESTIMATORS, Gathered, by_output
+from edgekit.passes.ranges import Gathered, by_output
 from tests.quantize_graphs import Array, Samples, graph, node, normal
 
 F = np.float32
@@ -60,7 +61,7 @@ def tensors(draw: st.DrawFn) -> Array:
     return (values * draw(st.sampled_from([1.0, 1e-6, 1e6, 1e30, 1e-30]))).astype(F)
 
 
-@given(tensors(), st.sampled_from(ESTIMATORS))
+@given(tensors(), st.sampled_from(LiteRT().estimators))
 @settings(max_examples=150, deadline=None)
 def test_a_range_is_finite_ordered_and_no_wider_than_it_may_be(values: Array, method: Method) -> None:
     seen = seen_of(values)
@@ -225,7 +226,7 @@ def chosen(model: Any, x: Array, seed: int = 0) -> dict[str, Method]:
     seen = observe(model, data, list(decision.activations), batch_size=32, held=held)
     gathered = Gathered(model, decision, len(x), held, seed)
     fill_histograms(model, data, seen, batch_size=32, held=held, reader=gathered.take)
-    return by_output(decision, seen, gathered)
+    return by_output(decision, seen, gathered, LiteRT())
 
 
 def dense(columns: int = 16) -> Any:
@@ -249,7 +250,7 @@ def test_the_choice_is_a_methods_name_and_repeats_itself() -> None:
     model, x = dense(), normal(60, 16)
     one, two = chosen(model, x, 3), chosen(model, x, 3)
     assert one == two
-    assert set(one.values()) <= set(ESTIMATORS)
+    assert set(one.values()) <= set(LiteRT().estimators)
 
 
 def test_what_shares_a_scale_is_chosen_for_together() -> None:
@@ -272,7 +273,7 @@ def test_what_shares_a_scale_is_chosen_for_together() -> None:
 
 @pytest.mark.parametrize("samples", [1, 2, 9, 10, 11])
 def test_few_samples(samples: int) -> None:
-    assert set(chosen(dense(), normal(samples, 16)).values()) <= set(ESTIMATORS)
+    assert set(chosen(dense(), normal(samples, 16)).values()) <= set(LiteRT().estimators)
 
 
 @pytest.mark.parametrize("op", ["Tanh", "Sigmoid"])

@@ -18,7 +18,7 @@ from edgekit.scheme import BOUNDS, WEIGHTED
 
 Array = np.ndarray[Any, Any]
 # how integers of so many bits are stored
-STORED: dict[int, np.dtype[Any]] = {8: np.dtype(np.int8), 16: np.dtype(np.int16)}
+STORED: dict[int, np.dtype[Any]] = {**dict.fromkeys(range(2, 9), np.dtype(np.int8)), 16: np.dtype(np.int16)}
 
 
 def prepared(model: ir.Model) -> ir.Model:
@@ -134,26 +134,37 @@ class _Writer:
         array = M.constant(value)
         if array is not None:
             stored = self.initializer(f"{name}_quantized", quantize(array, parameters))
-            self._connect(value, [stored, scale, zero], None, only_integer=True)
+            self._connect(value, [stored, scale, zero], [], only_integer=True)
             return
         producer = value.producer()
         from_integers = producer is not None and producer.name in self.quantized
         dtype = ir.DataType.from_numpy(STORED[parameters.bits])
-        quantizer = self.node("QuantizeLinear", [value, scale, zero], f"{name}_quantized", value, dtype)
+        narrow = self._narrowed(value, parameters) if parameters.bits < 8 else None
+        source = value if narrow is None else narrow.outputs[0]
+        quantizer = self.node("QuantizeLinear", [source, scale, zero], f"{name}_quantized", value, dtype)
+        added = [quantizer] if narrow is None else [narrow, quantizer]
         if producer is None:
-            self.graph.insert_before(self.graph[0], quantizer)
+            self.graph.insert_before(self.graph[0], added)
         else:
-            self.graph.insert_after(producer, quantizer)
-        self._connect(value, [quantizer.outputs[0], scale, zero], quantizer, only_integer=not from_integers)
+            self.graph.insert_after(producer, added)
+        self._connect(value, [quantizer.outputs[0], scale, zero], added, only_integer=not from_integers)
         if from_integers and value.is_graph_output():
             self._as_output(value, [quantizer.outputs[0], scale, zero], quantizer)
 
-    def _connect(
-        self, value: ir.Value, inputs: list[ir.Value], quantizer: ir.Node | None, *, only_integer: bool
-    ) -> None:
-        """Give each reader a DequantizeLinear of its own, so that runtimes can fuse it into the reader."""
+    def _narrowed(self, value: ir.Value, parameters: Activation) -> ir.Node:
+        """A Clip to the range of fewer bits than integers are stored in."""
+        name = f"{value.name}_clipped"
+        ends = [np.array(end, np.float32) for end in parameters.limits]
+        bounds = [self.initializer(f"{name}_{side}", end) for side, end in zip(("low", "high"), ends, strict=True)]
+        return self.node("Clip", [value, *bounds], name, value, FLOAT)
+
+    def _connect(self, value: ir.Value, inputs: list[ir.Value], added: list[ir.Node], *, only_integer: bool) -> None:
+        """Give each reader a DequantizeLinear of its own, so that runtimes can fuse it into the reader.
+
+        added: the nodes that round the value.
+        """
         for user, position in list(value.uses()):
-            if user is quantizer:
+            if user in added:
                 continue
             integer = user.name in self.quantized and user.graph is self.graph and position in data_inputs(user)
             if only_integer and not integer:
@@ -161,8 +172,8 @@ class _Writer:
             reader = self.node("DequantizeLinear", inputs, f"{value.name}_dequantized", value, FLOAT)
             if user.graph is self.graph:
                 self.graph.insert_before(user, reader)
-            elif quantizer is not None:
-                self.graph.insert_after(quantizer, reader)
+            elif added:
+                self.graph.insert_after(added[-1], reader)
             user.replace_input_with(position, reader.outputs[0])
 
     def _as_output(self, value: ir.Value, inputs: list[ir.Value], quantizer: ir.Node) -> None:
@@ -212,7 +223,7 @@ def quantize_weight(array: Array, plan: Weight) -> Array:
     shape = [1] * array.ndim
     shape[plan.axis] = -1
     scales = np.array(plan.scales, np.float32).reshape(shape)
-    stored: Array = np.clip(np.rint(array / scales), -plan.limit, plan.limit).astype(np.int8)
+    stored: Array = np.clip(np.rint(array / scales), plan.lowest, plan.limit).astype(np.int8)
     return stored
 
 

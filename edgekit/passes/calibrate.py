@@ -35,6 +35,8 @@ CLIPPINGS = 15
 LARGE = 1e12
 # A few values say little of the largest to come: the mean of a feature map over an image has one value an image.
 HEADROOM = {"wide": 1.15, "wider": 1.4}
+# The steps that a power of two can be finer by; what is beyond saturates.
+SHARES = {"half": 0.5, "quarter": 0.25, "eighth": 0.125}
 # Samples held back, and four parts of the others: a range of three is tried on the fourth.
 FOLDS = 5
 
@@ -113,6 +115,8 @@ class Observed:
             return low, high
         if method in HEADROOM:
             return low * HEADROOM[method], high * HEADROOM[method]
+        if method in SHARES:
+            return low * SHARES[method], high * SHARES[method]
         if method == "average":
             mean = self.averages[folds].sum(axis=0) / self.parts[folds].sum()
             return max(low, min(float(mean[0]), 0.0)), min(high, max(float(mean[1]), 0.0))

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from edgekit import model as M
 from edgekit.passes.plan import Activation, Bits, fixed
-from edgekit.scheme import BINARY, EQUAL_SCALES, JOINS, WEIGHTED, integer
+from edgekit.scheme import BINARY, EQUAL_SCALES, JOINS, WEIGHTED, Scheme, integer
 
 MOVES = EQUAL_SCALES
 # moves that are worth doing on int8 when only what follows is quantized: they do not shrink the tensor
@@ -29,7 +29,8 @@ class Decision:
     """quantized, fused, float_nodes, groups: as in QuantizationPlan; fused maps a node to its producer.
 
     activations: computed values (and graph inputs) that get a scale. constants: constant operands that do.
-    fixed: values whose parameters the scheme dictates. outputs: values that reach a graph output unscaled.
+    fixed: values whose parameters the scheme dictates. outputs: values that reach a graph output unscaled, of an FPGA
+    also those that are left to the host.
     """
 
     quantized: tuple[str, ...]
@@ -42,7 +43,14 @@ class Decision:
     outputs: frozenset[str] = field(default_factory=frozenset)
 
 
-def decide(model: ir.Model, forced: Mapping[str, str], bits: Bits = 8, *, integer_softmax: bool = False) -> Decision:
+def decide(
+    model: ir.Model,
+    forced: Mapping[str, str],
+    bits: Bits = 8,
+    *,
+    integer_softmax: bool = False,
+    scheme: Scheme = "litert",
+) -> Decision:
     """model: prepared (named nodes, inferred types). forced: node -> reason, for nodes that must stay float.
 
     bits: of activations. integer_softmax: whether a Softmax inside the model is to run on integers, whose kernels give
@@ -50,14 +58,14 @@ def decide(model: ir.Model, forced: Mapping[str, str], bits: Bits = 8, *, intege
     """
     reasons = dict(forced)
     while True:
-        decision, conflicts = _decide(model, reasons, bits, integer_softmax)
+        decision, conflicts = _decide(model, reasons, bits, integer_softmax, scheme)
         if not conflicts:
             return decision
         reasons.update(conflicts)
 
 
 def _decide(
-    model: ir.Model, forced: Mapping[str, str], bits: Bits, integer_softmax: bool
+    model: ir.Model, forced: Mapping[str, str], bits: Bits, integer_softmax: bool, scheme: Scheme
 ) -> tuple[Decision, dict[str, str]]:
     graph = model.graph
     float_nodes: dict[str, str] = {}
@@ -66,7 +74,7 @@ def _decide(
         if node.op_type in {"Constant", "Identity"}:
             continue
         name = node.name or ""
-        reason = forced.get(name) or refusal(node, bits)
+        reason = forced.get(name) or refusal(node, bits, scheme)
         if reason:
             float_nodes[name] = reason
         else:
@@ -93,7 +101,7 @@ def _decide(
         constants=tuple(constants),
         groups=tuple(tuple(g) for g in groups),
         fixed=pinned,
-        outputs=_reach_output(graph, groups),
+        outputs=_reach_output(graph, groups, _left(chosen, activations, graph) if scheme == "fpga" else set()),
     )
     return decision, conflicts
 
@@ -139,11 +147,11 @@ def _str(node: ir.Node, name: str, default: str) -> str:
 
 
 # --- may this node be quantized at all? ------------------------------------------------------------------
-def refusal(node: ir.Node, bits: Bits = 8) -> str | None:
+def refusal(node: ir.Node, bits: Bits = 8, scheme: Scheme = "litert") -> str | None:
     """Why the node cannot compute on integers whatever its ranges are, or None."""
     if node.outputs and all(v.dtype is not None and not v.dtype.is_floating_point() for v in node.outputs):
         return "it computes no real numbers"
-    if node.domain not in {"", "ai.onnx"} or node.op_type not in integer(bits):
+    if node.domain not in {"", "ai.onnx"} or node.op_type not in integer(bits, scheme):
         return f"{node.op_type} has no integer form" + ("" if bits == 8 else f" of {bits} bits")
     if not node.inputs or node.inputs[0] is None:
         return "no input"
@@ -159,6 +167,8 @@ def refusal(node: ir.Node, bits: Bits = 8) -> str | None:
         return "its inputs are constant"
     if any(c.size and not np.abs(c).max() < HUGE for c in constants):
         return "a constant operand is as good as infinite"
+    if scheme == "fpga" and (constants or (node.op_type == "MatMul" and weight_of(node) is None)):
+        return "one of its operands is constant" if constants else "both its operands are computed"
     return _refuse_weighted(node, bits) if node.op_type in WEIGHTED else _refuse_other(node)
 
 
@@ -371,19 +381,25 @@ def _pins(
     return pinned, conflicts
 
 
-def _reach_output(graph: ir.Graph, groups: list[list[str]]) -> frozenset[str]:
-    reach = {v.name for v in graph.outputs if v.name}
+def _left(chosen: Mapping[str, ir.Node], activations: list[str], graph: ir.Graph) -> set[str]:
+    """Values that float operators read: of an FPGA the host's, a Softmax at the end."""
+    read = {v.name for node in graph if node.name not in chosen for v in node.inputs if v is not None and v.name}
+    return read & set(activations)
+
+
+def _reach_output(graph: ir.Graph, groups: list[list[str]], left: set[str]) -> frozenset[str]:
+    reach = left | {v.name for v in graph.outputs if v.name}
     for group in groups:
         if reach & set(group):
             reach |= set(group)
     return frozenset(reach)
 
 
-def candidate_values(model: ir.Model, bits: Bits = 8) -> Iterator[str]:
+def candidate_values(model: ir.Model, bits: Bits = 8, scheme: Scheme = "litert") -> Iterator[str]:
     """Every computed float value beside a node that may be quantized: what must be observed before ranges decide."""
     seen: set[str] = set()
     for node in model.graph:
-        if refusal(node, bits) is not None:
+        if refusal(node, bits, scheme) is not None:
             continue
         for value in [*(node.inputs[i] for i in data_inputs(node)), *node.outputs]:
             if value is None or not value.name or value.name in seen or value.dtype != FLOAT:

@@ -13,7 +13,8 @@ from edgekit.errors import NonFiniteError
 from edgekit.passes.apply_plan import folded, quantize_weight
 from edgekit.passes.calibrate import Observed
 from edgekit.passes.decide import HUGE, Decision, clip_bounds, weight_axis, weight_of
-from edgekit.passes.plan import Activation, Bits, Fate, Method, QuantizationPlan, activation
+from edgekit.passes.grids import Grids
+from edgekit.passes.plan import Activation, Fate, Method, QuantizationPlan
 
 Array = np.ndarray[Any, Any]
 # Operands of an addition further apart than this share no int8 scale: the smaller would vanish (masks, -1e9 offsets).
@@ -43,6 +44,12 @@ def weight_scales(
     scales[(largest == 0) & (scales <= 2.0**-119 / input_scale)] = 1.0
     rounded: Array = scales.astype(np.float32)
     return rounded
+
+
+def least_scales(bias: Array | None, input_scale: float, channels: int) -> Array:
+    """Below which the bias, or the products' scale, would leave its range; one per channel."""
+    offset = 0.0 if bias is None else np.abs(bias).reshape(-1, channels).max(axis=0) / HALF_RANGE
+    return np.asarray(np.broadcast_to(np.maximum(offset, 2.0**-120) / input_scale, (channels,)))
 
 
 def multiplied(model: ir.Model) -> frozenset[str]:
@@ -143,7 +150,7 @@ def activations(
     seen: dict[str, Observed],
     method: Method | Mapping[str, Method],
     everything: bool,
-    bits: Bits,
+    grids: Grids,
     given: Mapping[str, tuple[float, float] | Method] = {},
 ) -> dict[str, Activation]:
     """Parameters of every value; members of a group share the union of their ranges.
@@ -174,7 +181,7 @@ def activations(
         members = [ranges[n] for n in group if n in ranges]
         members = [m for m in members if m[2] == "given"] or members
         ways = {m[2] for m in members} - {"constant"} or {"constant"}
-        shared = activation(min(m[0] for m in members), max(m[1] for m in members), sorted(ways)[0], bits)
+        shared = grids.activation(group, min(m[0] for m in members), max(m[1] for m in members), sorted(ways)[0])
         out.update((n, decision.fixed.get(n, shared)) for n in group if n in ranges)
     return {name: out[name] for name in ranges}
 

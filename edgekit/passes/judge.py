@@ -111,9 +111,12 @@ class Judge:
         self.classes = class_scores(model, self.wanted, self.labels)
         self.samples = count
 
-    def score(self, quantized: ir.Model) -> Score:
-        """A QDQ model in QDQ arithmetic, as a runtime that leaves idle roundings out computes it."""
-        if names := idle(quantized, PRODUCTS):
+    def score(self, quantized: ir.Model, *, everything: bool = False) -> Score:
+        """A QDQ model in QDQ arithmetic, as a runtime that leaves idle roundings out computes it.
+
+        everything: as hardware that has no floats computes it.
+        """
+        if not everything and (names := idle(quantized, PRODUCTS)):
             quantized = leave_out(quantized, names)
         session = M.FloatSession(quantized, fetch=self.names, optimize=False)
         return self.compare([session.run(i) for i in self.inputs])

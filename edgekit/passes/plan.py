@@ -12,14 +12,29 @@ from typing import Any, Literal
 import numpy as np
 
 from edgekit.errors import ArtifactError
-from edgekit.scheme import fixed_output
+from edgekit.scheme import Scheme, fixed_output
 
-# 1: first version; 2: activations have a number of bits; 3: weights may have integers of their own
-PLAN_SCHEMA = 3
+# 1: first version; 2: activations have a number of bits; 3: weights may have integers of their own;
+# 4: the scheme, and whether weights use the full range
+PLAN_SCHEMA = 4
 
-Method = Literal["minmax", "wide", "wider", "average", "percentile", "mse", "kl", "given", "fixed", "constant"]
+Method = Literal[
+    "minmax",
+    "wide",
+    "wider",
+    "average",
+    "percentile",
+    "mse",
+    "kl",
+    "half",
+    "quarter",
+    "eighth",
+    "given",
+    "fixed",
+    "constant",
+]
 Fate = Literal["removed", "kept"]
-Bits = Literal[8, 16]
+Bits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
 
 # Smallest scale handed out: the product with a weight scale must stay a normal float32 (2**-126).
 MIN_SCALE = 2.0**-80
@@ -51,8 +66,8 @@ class Weight:
     """How the constant weight of one node becomes int8, symmetric around zero.
 
     value: name of the float32 initializer. axis: its output channel axis; `scales` has one float32 value per channel.
-    bits: 7 keeps the integers in [-63, 63], 8 in [-127, 127]. integers: the int8 values themselves in C order, where
-    they are not simply the nearest.
+    bits: 7 keeps the integers in [-63, 63], 8 in [-127, 127]; full: in [-64, 63], [-128, 127]. integers: the int8
+    values themselves in C order, where they are not simply the nearest.
     """
 
     value: str
@@ -60,6 +75,11 @@ class Weight:
     bits: int
     scales: tuple[float, ...]
     integers: bytes = b""
+    full: bool = False
+
+    @property
+    def lowest(self) -> int:
+        return -self.limit - self.full
 
     @property
     def limit(self) -> int:
@@ -80,6 +100,7 @@ class QuantizationPlan:
     groups: sets of values that share scale and zero point.
     factors: value -> what its channels are multiplied with, and its readers' weights divided by, before all else.
     bias_shifts: node -> what is added to its bias, one float per output channel, to undo the mean error of its weights.
+    scheme: "litert" or "fpga", where weight_bits and activation_bits are those of layers without widths of their own.
     """
 
     weight_bits: int
@@ -96,6 +117,7 @@ class QuantizationPlan:
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     samples: int = 0
     seed: int = 0
+    scheme: Scheme = "litert"
     schema: int = PLAN_SCHEMA
 
     def to_json(self) -> str:

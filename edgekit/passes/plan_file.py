@@ -16,6 +16,7 @@ import fnmatch
 import hashlib
 import io
 import json
+import math
 import tomllib
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -32,13 +33,13 @@ FILE_SCHEMA = 1  # 1: first
 _WHOLE = "plan_schema"  # the key that a file of overrides only does not have
 _SHARED = frozenset({"schema", "model_sha256", "override"})
 _KEYS = _SHARED | {_WHOLE, "integers", "integers_sha256", "method", "weight_bits", "activation_bits", "samples"}
-_KEYS |= {"seed", "tried", "layer", "tensor", "factors", "groups"}
+_KEYS |= {"scheme", "seed", "tried", "layer", "tensor", "factors", "groups"}
 _HEAD = """\
 # How edgekit quantized this model. `edgekit convert MODEL --plan FILE` does it again, without data, to the last bit.
 # To change something, say so in [override.layers] ("name or pattern" = "float") or [override.tensors]
 # ("name or pattern" = { low = -1.0, high = 1.0 } or { method = "percentile" }), and pass --data as well.
 """
-METHODS = ("minmax", "wide", "wider", "average", "percentile", "mse", "kl")
+METHODS = ("minmax", "wide", "wider", "average", "percentile", "mse", "kl", "half", "quarter", "eighth")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def write(path: Path, plan: QuantizationPlan, model_sha256: str, ops: Mapping[st
         lines += [f"integers = {_text(beside.name)}", f"integers_sha256 = {_text(_digest(buffer.getvalue()))}"]
     else:
         beside.unlink(missing_ok=True)
-    for key in ("method", "weight_bits", "activation_bits", "samples", "seed"):
+    for key in ("scheme", "method", "weight_bits", "activation_bits", "samples", "seed"):
         lines.append(f"{key} = {_value(getattr(plan, key))}")
     lines.append("\n[override.layers]\n\n[override.tensors]\n")
     for name, score in plan.scores.items():
@@ -96,7 +97,7 @@ def _layer(plan: QuantizationPlan, name: str, op: str) -> list[str]:
     lines = ["[[layer]]", f"name = {_text(name)}", f"op = {_text(op)}"]
     if name in plan.float_nodes:
         return [*lines, 'precision = "float"', f"why = {_text(plan.float_nodes[name])}"]
-    lines.append(f'precision = "int{plan.activation_bits}"')
+    lines.append('precision = "fixed"' if plan.scheme == "fpga" else f'precision = "int{plan.activation_bits}"')
     if name in plan.fused:
         lines.append(f"fused = {_text(plan.fused[name])}")
     weight = plan.weights.get(name)
@@ -173,7 +174,8 @@ def _plan(path: Path, data: Mapping[str, Any]) -> QuantizationPlan:
         if "weight" in row:
             scales = tuple(row["weight_scales"])
             own = integers.get(name, b"")
-            weights[name] = Weight(row["weight"], row["weight_axis"], row["weight_bits"], scales, own)
+            full = data["scheme"] == "fpga"
+            weights[name] = Weight(row["weight"], row["weight_axis"], row["weight_bits"], scales, own, full)
     floats = {n: row for n, row in layers.items() if row["precision"] == "float"}
     for name in floats:
         if name in weights:
@@ -182,7 +184,7 @@ def _plan(path: Path, data: Mapping[str, Any]) -> QuantizationPlan:
             )
     tensors = {row["name"]: {k: v for k, v in row.items() if k != "name"} for row in data.get("tensor", ())}
     activations = {n: Activation(**row) for n, row in tensors.items()}
-    _check_numbers(activations, weights)
+    _check_numbers(activations, weights, data["scheme"])
     return QuantizationPlan(
         weight_bits=data["weight_bits"],
         activation_bits=data["activation_bits"],
@@ -198,14 +200,25 @@ def _plan(path: Path, data: Mapping[str, Any]) -> QuantizationPlan:
         scores=data.get("tried", {}),
         samples=data["samples"],
         seed=data["seed"],
+        scheme=data["scheme"],
     )
 
 
-def _check_numbers(activations: Mapping[str, Activation], weights: Mapping[str, Weight]) -> None:
-    """Raises ValueError for what no integer can have."""
+def _check_numbers(activations: Mapping[str, Activation], weights: Mapping[str, Weight], scheme: str) -> None:
+    """Raises ValueError for what no integer of the scheme can have."""
+    fpga = scheme == "fpga"
+    if not fpga and scheme != "litert":
+        raise ValueError(f"no scheme '{scheme}'")
+    scales = [*(a.scale for a in activations.values()), *(s for w in weights.values() for s in w.scales)]
+    if fpga and not all(math.frexp(s)[0] == 0.5 for s in scales):
+        raise ValueError("a scale of an FPGA is no power of two")
+    if fpga and any(a.zero_point for a in activations.values()):
+        raise ValueError("a zero point of an FPGA is not 0")
     for name, a in activations.items():
         low, high = integer_range(a.bits)
-        if a.bits not in (8, 16) or not (0 < a.scale < np.inf and low <= a.zero_point <= high):
+        if a.bits not in (range(2, 9) if fpga else (8, 16)) or not (
+            0 < a.scale < np.inf and low <= a.zero_point <= high
+        ):
             raise ValueError(f"tensor '{name}' has {a.bits} bits, scale {a.scale}, zero point {a.zero_point}")
     for name, w in weights.items():
         if not 2 <= w.bits <= 8 or not all(0 < scale < np.inf for scale in w.scales):

@@ -11,17 +11,19 @@ import numpy as np
 import onnx_ir as ir
 
 from edgekit import model as M
-from edgekit.errors import NoCalibrationDataError, UnsupportedOpError
-from edgekit.passes import draft, judge, ranges
+from edgekit.errors import NoCalibrationDataError, UnsupportedOpError, UsageError
+from edgekit.passes import draft, grids, judge, ranges
 from edgekit.passes.apply_plan import apply_plan, folded, prepared
 from edgekit.passes.blas import single_threaded
 from edgekit.passes.calibrate import Observed, bounded, check_finite, fill_histograms, held_back, observe
 from edgekit.passes.decide import Decision, candidate_values, decide, weight_axis, weight_of
+from edgekit.passes.grids import Grids, LiteRT, PowerOfTwo, widths_of
 from edgekit.passes.plan import Activation, Bits, Method, QuantizationPlan, Weight
 from edgekit.passes.reconstruct import ROWS, affordable, reconstruct
 from edgekit.passes.rescale import rescaled
 from edgekit.passes.smooth import Smooth
 from edgekit.report.progress import Progress, silent
+from edgekit.scheme import Scheme
 
 if TYPE_CHECKING:
     from edgekit.dataset import Dataset
@@ -42,6 +44,8 @@ class QuantizeInt8:
 
     weight_bits: 7 for a CPU whose u8 x s8 kernels saturate, else 8. activation_bits: 16 for symmetric int16 activations
     on the same weights, summed in 64 bits.
+    scheme: "fpga" for symmetric integers of the full range of 2 to 8 bits with power-of-two scales (see `grids`), where
+    the model's output keeps 8. layer_bits: of it, (node or model input, (weight bits, activation bits)).
     calibration: one range estimator for all tensors, "output" for the best of each (see `ranges`), "auto" to try both.
     rounding: of the weights, to the nearest or by reconstruction, which corrects the bias as well. bias_correction: of
     weights rounded to the nearest. smooth: whether activation channels are rescaled.
@@ -51,8 +55,10 @@ class QuantizeInt8:
     search_time: seconds after which nothing further is tried.
     """
 
-    weight_bits: Literal[7, 8] = 8
+    weight_bits: Literal[2, 3, 4, 5, 6, 7, 8] = 8
     activation_bits: Bits = 8
+    scheme: Scheme = "litert"
+    layer_bits: tuple[tuple[str, tuple[int, int]], ...] = ()
     calibration: Calibration = "auto"
     rounding: Literal["auto", "nearest", "reconstruct"] = "auto"
     bias_correction: Literal["auto", "on", "off"] = "auto"
@@ -79,6 +85,7 @@ class QuantizeInt8:
             raise NoCalibrationDataError(
                 "int8 needs calibration data", "pass --data FILE with samples like those at run time"
             )
+        self._check_widths()
         model = prepared(model)
         draft.check_weights(model)
         data = data.bind(M.signature(model))  # may change what a sample is: tokens become windows
@@ -86,7 +93,23 @@ class QuantizeInt8:
         for name in self.keep_float:
             if name not in names:
                 raise UnsupportedOpError(f"no node '{name}' to keep in float", "`edgekit inspect` lists the names")
+        names |= {spec.name for spec in M.signature(model).inputs}
+        for name, _ in self.layer_bits:
+            if name not in names:
+                raise UnsupportedOpError(f"no node or input '{name}' to give bits", "`edgekit inspect` lists the names")
         return Search(self, model, data, progress)
+
+    def _check_widths(self) -> None:
+        """Raises UsageError for bits that the scheme does not have."""
+        widths = {self.weight_bits, self.activation_bits, *(b for _, pair in self.layer_bits for b in pair)}
+        if self.scheme == "fpga":
+            if not widths <= set(range(2, 9)):
+                raise UsageError(f"{max(widths)} bits for an FPGA", "2 to 8 bits")
+        elif self.layer_bits or self.weight_bits not in (7, 8) or self.activation_bits not in (8, 16):
+            raise UsageError(
+                f"{self.weight_bits}-bit weights, {self.activation_bits}-bit activations, or widths by layer, in int8",
+                "7 or 8 bits of weights and 8 or 16 of activations; fewer, and by layer, for an FPGA",
+            )
 
 
 def as_planned(step: QuantizeInt8, plan: QuantizationPlan) -> QuantizeInt8:
@@ -138,7 +161,8 @@ class Search:
             if name not in self.scores:
                 self.progress(f"try {name}", 0, 0)
                 plan = self._finished(variant, method, finish, everything=not self.held)
-                self.scores[name] = self.judge.score(apply_plan(self.model, plan))
+                written = apply_plan(self.model, plan)
+                self.scores[name] = self.judge.score(written, everything=self.step.scheme == "fpga")
                 trials[name] = variant, method, finish
             return name
 
@@ -188,6 +212,8 @@ class Search:
 
     def _methods(self, variant: _Variant) -> list[Method | Mapping[str, Method]]:
         if self.step.calibration == "auto":
+            if self.step.scheme == "fpga":
+                return [variant.best, "minmax"]
             return ["minmax"] if self.step.activation_bits == 16 else [variant.best, "minmax", "mse"]
         return [variant.best if self.step.calibration == "output" else self.step.calibration]
 
@@ -208,7 +234,7 @@ class Search:
         seen = observe(
             model,
             self.data,
-            list(candidate_values(model, step.activation_bits)),
+            list(candidate_values(model, step.activation_bits, step.scheme)),
             batch_size=step.batch_size,
             held=self.held,
             means=draft.multiplied(model),
@@ -216,7 +242,7 @@ class Search:
         decision = self._decided(model, seen, dict.fromkeys(step.keep_float, REQUESTED))
         check_finite(seen, decision.activations)
         best: Mapping[str, Method] = {}
-        if step.activation_bits == 8 and step.calibration not in ("minmax", "average"):
+        if step.activation_bits != 16 and step.calibration not in ("minmax", "average"):
             used = {name: seen[name] for name in decision.activations}
             _note_bounded(model, used)
             gathered = ranges.Gathered(model, decision, self.data.samples, self.held, step.seed)
@@ -229,15 +255,26 @@ class Search:
                 held=self.held,
                 reader=gathered.take if chosen else None,
             )
-            best = ranges.by_output(decision, seen, gathered) if chosen else {}
+            best = ranges.by_output(decision, seen, gathered, self._grids(model, decision)) if chosen else {}
         return _Variant(model, factors, decision, seen, best)
 
     def _decided(self, model: ir.Model, seen: dict[str, Observed], forced: dict[str, str]) -> Decision:
-        decision = decide(model, forced, self.step.activation_bits, integer_softmax=self.step.integer_softmax)
+        def decided() -> Decision:
+            step = self.step
+            softmax = step.integer_softmax
+            return decide(model, forced, step.activation_bits, integer_softmax=softmax, scheme=step.scheme)
+
+        decision = decided()
         while extra := draft.unfit(model, decision, seen):
             forced |= extra
-            decision = decide(model, forced, self.step.activation_bits, integer_softmax=self.step.integer_softmax)
+            decision = decided()
         return decision
+
+    def _grids(self, model: ir.Model, decision: Decision) -> Grids:
+        step = self.step
+        if step.scheme != "fpga":
+            return LiteRT(step.activation_bits)
+        return PowerOfTwo(step.activation_bits, widths_of(model, decision, dict(step.layer_bits)))
 
     # --- plans -----------------------------------------------------------------------------------------
     def _finished(
@@ -259,7 +296,13 @@ class Search:
     ) -> QuantizationPlan:
         step, decision = self.step, variant.decision
         activations = draft.activations(
-            variant.model, decision, variant.seen, method, everything, step.activation_bits, dict(step.tensors)
+            variant.model,
+            decision,
+            variant.seen,
+            method,
+            everything,
+            self._grids(variant.model, decision),
+            dict(step.tensors),
         )
         nodes = {node.name: node for node in variant.model.graph}
         weights = {}
@@ -279,6 +322,7 @@ class Search:
             groups=decision.groups,
             samples=self.data.samples,
             seed=step.seed,
+            scheme=step.scheme,
         )
 
     def _weight(self, node: ir.Node, value: str, activations: dict[str, Activation]) -> Weight:
@@ -286,6 +330,11 @@ class Search:
         scale = activations[(source.name or "") if source is not None else ""].scale
         axis = weight_axis(node)
         array, bias = folded(node)
+        if self.step.scheme == "fpga":
+            bits = dict(self.step.layer_bits).get(node.name or "", (self.step.weight_bits, 0))[0]
+            least = draft.least_scales(bias, scale, array.shape[axis])
+            scales = grids.weight_scales(array, axis, bits, least, per_channel=self.step.per_channel)
+            return Weight(value, axis, bits, tuple(float(s) for s in scales), full=True)
         limit = 2 ** (self.step.weight_bits - 1) - 1
         scales = draft.weight_scales(array, axis, limit, scale, bias, wraps=self.step.activation_bits == 8)
         if not self.step.per_channel:

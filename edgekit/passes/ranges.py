@@ -17,13 +17,13 @@ import onnx_ir as ir
 
 from edgekit.passes import regression as L
 from edgekit.passes.apply_plan import folded
-from edgekit.passes.calibrate import FOLDS, Observed, squared_error
+from edgekit.passes.calibrate import FOLDS, Observed
 from edgekit.passes.decide import Decision, data_inputs, weight_of
-from edgekit.passes.plan import Activation, Method, activation, integer_range
+from edgekit.passes.grids import Grids
+from edgekit.passes.plan import Activation, Method, integer_range
 
 Array = np.ndarray[Any, Any]
 
-ESTIMATORS: tuple[Method, ...] = ("minmax", "wide", "wider", "average", "percentile", "mse", "kl")
 # Inputs of a layer, all rows and groups together, that the error at its outputs is measured on: what clipping does to
 # one value in ten thousand still shows. Rows: at least and at most.
 VALUES, ROWS = 2**18, (512, 8192)
@@ -67,7 +67,7 @@ class Gathered:
 
         The rows of `name` are given up.
         """
-        total: dict[Method, float] = dict.fromkeys(ESTIMATORS, 0.0)
+        total: dict[Method, float] = dict.fromkeys(next(iter(tried.values())), 0.0)
         for number, layer in enumerate(self.layers.get(name, ())):
             parts = self._rows.pop((name, number), ())
             if layer is None or not parts:
@@ -81,7 +81,7 @@ class Gathered:
         return total
 
 
-def by_output(decision: Decision, seen: Mapping[str, Observed], gathered: Gathered) -> dict[str, Method]:
+def by_output(decision: Decision, seen: Mapping[str, Observed], gathered: Gathered, grids: Grids) -> dict[str, Method]:
     """The estimator of each value with the least error at the outputs of the layers that read its group.
 
     By cross-validation: the ranges of three folds are tried on the fourth, so that what clips new data shows. Values
@@ -90,18 +90,18 @@ def by_output(decision: Decision, seen: Mapping[str, Observed], gathered: Gather
     groups = _groups(decision)
     errors = {}
     tried = {
-        group[0]: {fold: _ranges([seen[n] for n in group], fold) for fold in gathered.folds}
+        group[0]: {fold: _ranges(grids, group, seen, fold) for fold in gathered.folds}
         for group in dict.fromkeys(groups.values())
     }
     for name in decision.activations:
         layers, how = gathered.layers.get(name, [None]), tried[groups[name][0]]
         errors[name] = gathered.errors(name, how)
         for fold in gathered.folds if None in layers else ():
-            _add(errors[name], how[fold], partial(_own, seen[name], fold), 1.0)
+            _add(errors[name], how[fold], partial(_own, grids, seen[name], fold), 1.0)
     out: dict[str, Method] = {}
     for name in decision.activations:
-        total = {m: sum(errors[n][m] for n in groups[name]) for m in ESTIMATORS}
-        out[name] = min(ESTIMATORS, key=lambda m: (total[m], ESTIMATORS.index(m)))
+        total = {m: sum(errors[n][m] for n in groups[name]) for m in grids.estimators}
+        out[name] = min(grids.estimators, key=lambda m: (total[m], grids.estimators.index(m)))
     return out
 
 
@@ -125,12 +125,12 @@ def _groups(decision: Decision) -> dict[str, tuple[str, ...]]:
     return out
 
 
-def _ranges(group: Sequence[Observed], without: int) -> dict[Method, Activation]:
+def _ranges(grids: Grids, group: Sequence[str], seen: Mapping[str, Observed], without: int) -> dict[Method, Activation]:
     """What each estimator gives from the other folds, for values that share a scale."""
     out = {}
-    for method in ESTIMATORS:
-        ranges = [o.range(method, everything=False, without=without) for o in group]
-        out[method] = activation(min(r[0] for r in ranges), max(r[1] for r in ranges), method)
+    for method in grids.estimators:
+        ranges = [seen[n].range(method, everything=False, without=without) for n in group]
+        out[method] = grids.activation(group, min(r[0] for r in ranges), max(r[1] for r in ranges), method)
     return out
 
 
@@ -149,7 +149,7 @@ def _layers(model: ir.Model, decision: Decision) -> dict[str, list[L.Layer | Non
 
 def _moved(rows: Array, weight: Array, power: float, how: Activation) -> float:
     """Squared error over `power` at a layer's output, of rounding its inputs. rows: float32 (groups, rows, inputs)."""
-    low, high = integer_range(8)
+    low, high = integer_range(how.bits)
     error = np.rint(rows / np.float32(how.scale))
     np.clip(error, low - how.zero_point, high - how.zero_point, out=error)
     error *= np.float32(how.scale)
@@ -157,7 +157,7 @@ def _moved(rows: Array, weight: Array, power: float, how: Activation) -> float:
     return _squares(error @ weight) / power
 
 
-def _own(seen: Observed, fold: int, how: Activation) -> float:
+def _own(grids: Grids, seen: Observed, fold: int, how: Activation) -> float:
     """Squared error over squared signal of the value itself in one fold, behind a bounded function if one reads it."""
     counts = seen.counts[fold]
     used = counts > 0
@@ -166,7 +166,7 @@ def _own(seen: Observed, fold: int, how: Activation) -> float:
     counts, centres = counts[used], seen.centres[used]
     signal = centres if seen.through is None else seen.through(centres)
     power = max(float(np.average(signal**2, weights=counts)), 1e-30)
-    return float(squared_error(counts, centres, how.low, how.high, seen.through)) / power
+    return grids.error(counts, centres, how, seen.through) / power
 
 
 def _power(values: Array) -> float:

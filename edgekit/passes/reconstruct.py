@@ -115,17 +115,18 @@ def _solve(
         """Squared error on the held-back rows."""
         return _energy(_rest(unseen, real - weight, 0.0 if bias is None else bias - offset))
 
-    nearest = np.clip(np.rint(weight / scales), -plan.limit, plan.limit)
+    nearest = np.clip(np.rint(weight / scales), plan.lowest, plan.limit)
     plain = left(nearest * scales, offset if free else None)
     if (weight == 0).mean() >= SPARSE:
-        reach = plan.limit * (weight != 0)  # zeros were put there, and they are what compresses
-        tried = [nearest, round_weights(weight, gram, scales, (-reach, reach))]
+        kept = weight != 0  # zeros were put there, and they are what compresses
+        tried = [nearest, round_weights(weight, gram, scales, (plan.lowest * kept, plan.limit * kept))]
     else:
         ideal = min((weight + change for change in _ridged(gram, slope)), key=lambda real: left(real, bias_of(real)))
         # which ridge shows before rounding, which is what takes the time
         wishes = np.concatenate([ideal, weight], axis=2)
         both = np.concatenate([scales] * 2, axis=2)
-        tried = [nearest, *np.split(round_weights(wishes, gram, both, plan.limit), 2, 2)]
+        ends = (np.array(plan.lowest), np.array(plan.limit))
+        tried = [nearest, *np.split(round_weights(wishes, gram, both, ends), 2, 2)]
     biases = [bias_of(q * scales) for q in tried]
     errors = [left(q * scales, bias) for q, bias in zip(tried, biases, strict=True)]
     best = int(np.argmin(errors))

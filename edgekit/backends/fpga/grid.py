@@ -12,6 +12,7 @@ import onnx_ir as ir
 from edgekit import model as M
 from edgekit.backends.fpga.net import limits
 from edgekit.errors import UnsupportedOpError
+from edgekit.passes import fold_graph as G
 
 Array = np.ndarray[Any, Any]
 
@@ -45,7 +46,7 @@ def grid(node: ir.Node) -> Grid:
     """Of a QuantizeLinear or DequantizeLinear. Raises UnsupportedOpError unless it is symmetric, of powers of two."""
     scales = M.constant(node.inputs[1])
     zero = M.constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else None
-    if scales is None or node.attributes.get_int("block_size", 0):
+    if scales is None or G.integer(node, "block_size", 0):
         raise refuse(node, "its scale is computed, or one per block", CONVERT)
     exponents = []
     for scale in np.atleast_1d(scales).astype(np.float64).ravel():
@@ -58,14 +59,14 @@ def grid(node: ir.Node) -> Grid:
         named = node.inputs[0].dtype
     kind = named.name.lower()
     if kind == "int32" and node.op_type == "DequantizeLinear" and not np.any(zero if zero is not None else 0):
-        return Grid(tuple(exponents), 32, int(node.attributes.get_int("axis", 1) or 0))
+        return Grid(tuple(exponents), 32, G.integer(node, "axis", 1))
     if kind not in _TYPES:
         raise refuse(node, f"integers of type {kind}", CONVERT)
     bits, offset = _TYPES[kind]
     zeros = np.zeros(1, np.int64) if zero is None else zero.astype(np.int64)
     if np.any(zeros != offset):
         raise refuse(node, f"the zero point {int(zeros.ravel()[0])} of {kind} is not {offset}", CONVERT)
-    return Grid(tuple(exponents), bits, int(node.attributes.get_int("axis", 1) or 0))
+    return Grid(tuple(exponents), bits, G.integer(node, "axis", 1))
 
 
 def stored(value: ir.Value | None) -> Stored | None:

@@ -58,6 +58,7 @@ class _Lowering:
         self.input = ""
         self.tensors: dict[str, Tensor] = {}
         self.layers: list[Layer] = []
+        self.ranges: dict[str, tuple[int, int]] = {}  # lowest and highest integer of every tensor
         self.host_ops: list[str] = []
         self.notes: list[str] = []
         order = np.arange(int(np.prod(shape))).reshape(shape)
@@ -164,6 +165,8 @@ class _Lowering:
         bits = bits_of(low, high)
         if before.layer is _INPUT:
             return self._first(node, before, name, exponent, low, high)
+        if self._unchanged(before, exponent, low, high):
+            return View(before.layer.inputs[0], before.order, before.pads)
         shift = tuple(e - exponent for e in before.exponents)
         if any(abs(s) > MAX_SHIFT for s in shift):
             far = max(shift, key=abs)
@@ -174,7 +177,16 @@ class _Lowering:
             layer = replace(layer, shift=shift[:1], weight_exponents=layer.weight_exponents[:1])
         self.tensors[name] = Tensor(name, before.shape, bits, exponent)
         self.layers.append(layer)
+        self.ranges[name] = low, high
         return View(name, before.order, before.pads)
+
+    def _unchanged(self, before: Pending, exponent: int, low: int, high: int) -> bool:
+        """Whether it is a tensor's own grid and range, once more: of what a model moves, both ends are rounded."""
+        layer = before.layer
+        if layer.kind != "maxpool" or layer.kernel != (1, 1) or layer.strides != (1, 1) or any(layer.pads):
+            return False
+        source, (lowest, highest) = self.tensors[layer.inputs[0]], self.ranges[layer.inputs[0]]
+        return source.exponent == exponent and low <= lowest and highest <= high
 
     def _first(self, node: ir.Node, before: Pending, name: str, exponent: int, low: int, high: int) -> View:
         """The host's quantizer; what it does not bound, a layer does."""
@@ -183,6 +195,7 @@ class _Lowering:
         bits = bits_of(low, high)
         self.input = name = self._free(name)
         self.tensors[name] = Tensor(name, before.shape, bits, exponent)
+        self.ranges[name] = limits(bits)
         view = View(name, before.order)
         if (low, high) != limits(bits):
             again = replace(self._again(node, view), low=-np.inf)

@@ -83,22 +83,22 @@ def _moved(node: ir.Node, order: Array) -> Array:
         return order.transpose([a - 1 for a in axes[1:]])
     if node.op_type == "Flatten":
         axis = int(node.attributes.get_int("axis", 1) or 0) % (rank + 1)
-        if axis != 1 and order.size != int(np.prod(order.shape[axis - 1 :])):
+        if axis == 0 or order.size != int(np.prod(order.shape[axis - 1 :])):
             raise refuse(node, "it puts data into the batch", RESHAPE)
         return order.reshape(-1)
     if node.op_type == "Reshape":
         return _reshaped(node, order)
-    axes = _axes(node)
-    if axes is None and node.op_type == "Squeeze":
+    given = _axes(node)
+    if given is None and node.op_type == "Squeeze":
         return order.reshape([n for n in order.shape if n != 1])
-    if axes is None:
+    if given is None:
         raise refuse(node, "its axes are computed", RESHAPE)
     if node.op_type == "Squeeze":
-        where = {a % rank for a in axes}
+        where = {a % rank for a in given}
         if 0 in where:
             raise refuse(node, "it removes the batch", RESHAPE)
         return order.reshape([n for a, n in enumerate(order.shape, 1) if a not in where])
-    where = {a % (rank + len(axes)) for a in axes}
+    where = {a % (rank + len(given)) for a in given}
     if 0 in where:
         raise refuse(node, "it adds a dimension before the batch", RESHAPE)
     return np.expand_dims(order, [a - 1 for a in sorted(where)])
