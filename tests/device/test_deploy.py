@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from edgekit import errors, pipeline
 from edgekit.bench import machine
@@ -27,6 +29,7 @@ from tests.device.devices import Device, RealPi
 
 DIGITS = Path(__file__).parent.parent.parent / "examples" / "digits"
 TARGETS = ("tflite", "linux-arm64", "linux-armv7")
+INT8 = ("tflite-int8", "onnxruntime-int8")
 native = pytest.mark.skipif(machine.architecture() != "x86_64", reason="the native device is an x86-64 Debian")
 
 
@@ -141,37 +144,43 @@ def test_a_bundle_file_is_deployed_as_it_is_and_runs_where_it_was_unpacked(
         shipping.deploy(out, None, where(amd64_device))
 
 
-def test_arm64_installs_tests_runs_and_measures_no_time(build: Path, arm64_device: Device | RealPi) -> None:
+def test_arm64_installs_tests_and_runs(build: Path, arm64_device: Device | RealPi) -> None:
     for candidate in ("onnxruntime-int8", "tflite-int8"):
         made = ship(build, arm64_device, "linux-arm64", candidate=candidate)
         assert made["status"] in ("installed", "already there")
         assert made["bundle"]["size_bytes"] < 60e6
     with np.load(DIGITS / "digits_test.npz") as data:
         assert answers(arm64_device) == [int(v) for v in data["y"][:4]]
-    document = pipeline.bench(
-        build, ["linux-arm64"], hosts=[arm64_device.alias], ssh_config=arm64_device.config,
-        data=DIGITS / "digits_test.npz", samples=64, quick=True,
+
+
+def test_int8_sums_are_the_same_bits_on_arm64(arm64_device: Device | RealPi, tmp_path: Path) -> None:
+    """LiteRT on integers from end to end. ONNX Runtime rounds a few sums the other way there: its bound is wider."""
+    net = helper.make_graph(
+        [
+            helper.make_node("Conv", ["x", "w"], ["c"], strides=[2, 2], pads=[1, 1, 1, 1]),
+            helper.make_node("Relu", ["c"], ["r"]),
+            helper.make_node("GlobalAveragePool", ["r"], ["p"]),
+            helper.make_node("Flatten", ["p"], ["f"]),
+            helper.make_node("Gemm", ["f", "v"], ["y"]),
+        ],
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 16, 16])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 10])],
+        [
+            numpy_helper.from_array(np.random.default_rng(0).normal(size=(24, 3, 3, 3)).astype(np.float32), "w"),
+            numpy_helper.from_array(np.random.default_rng(1).normal(size=(24, 10)).astype(np.float32), "v"),
+        ],
     )  # fmt: skip
-    rows = {f"{r['backend']}-{r['precision']}": r for r in document["artifacts"]}
-    assert {r["host"] for r in rows.values()} == {arm64_device.alias}
-    assert all(r["valid"] for r in rows.values()), [r["reasons"] for r in rows.values()]
-    # int8 there and int8 here: the same bits, so the same quality
-    here = pipeline.bench(build, ["linux-arm64"], data=DIGITS / "digits_test.npz", samples=64, quick=True)
-    for r in here["artifacts"]:
-        if r["precision"] == "int8":
-            there = rows[f"{r['backend']}-{r['precision']}"]
-            assert there["quality"]["accuracy"] == r["quality"]["accuracy"]
-    if document["machine"].get("emulated"):
-        assert all(r["latency_s"]["p50"] is None for r in rows.values())
-        assert "emulates" in str(document["verdict"])
-
-
-@pytest.mark.parametrize("candidate", ["tflite-int8", "onnxruntime-int8"])
-def test_int8_answers_are_the_same_bits_on_arm64(build: Path, arm64_device: Device | RealPi, candidate: str) -> None:
-    target = load_target("linux-arm64")
-    made = bundles.make(build, target, (candidate,), Described("aarch64", "3.11", "2.36"))
-    assert made.manifest["candidates"][candidate]["tolerance"] == {"kind": "exact"}
-    assert ship(build, arm64_device, "linux-arm64", candidate=candidate)["status"] in ("installed", "already there")
+    onnx.save(helper.make_model(net, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "net.onnx")
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(2).normal(size=(64, 3, 16, 16)).astype(np.float32))
+    build, target = tmp_path / "build", load_target("linux-arm64")
+    pipeline.convert(tmp_path / "net.onnx", ["linux-arm64"], data=tmp_path / "x.npz", out=build, io="int8")
+    described = Described("aarch64", "3.11", "2.36")
+    told = {c: bundles.make(build, target, (c,), described).manifest["candidates"][c]["tolerance"] for c in INT8}
+    assert told["tflite-int8"] == {"kind": "exact"}
+    assert told["onnxruntime-int8"]["kind"] == "relative"
+    for candidate in INT8:
+        assert ship(build, arm64_device, "linux-arm64", candidate=candidate)["status"] == "installed"
 
 
 def test_armhf_takes_the_old_runtime_only(build: Path, armhf_device: Device) -> None:
