@@ -7,7 +7,10 @@ from pathlib import Path
 from edgekit import artifact, backends
 from edgekit.artifact import Manifest
 from edgekit.benching import ship_of
-from edgekit.errors import ArtifactError, MissingExtraError, UsageError
+from edgekit.errors import ArtifactError, EdgekitError, MissingExtraError, UsageError
+from edgekit.target import load_target
+
+ELSEWHERE = "elsewhere"  # a device, whichever
 
 
 def target_of(root: Path, target: str | None) -> str:
@@ -26,7 +29,7 @@ def target_of(root: Path, target: str | None) -> str:
 def choose(root: Path, target: str, host: str = "", candidate: str | None = None) -> tuple[str, str]:
     """(candidate id, why): what was asked for, else the verdict of the newest measurements, else int8 before float.
 
-    host: whose measurements count first, "" for this machine, where the artifact must also run.
+    host: whose measurements count first, "" for this machine, where the artifact must also run, ELSEWHERE for another.
     Raises ArtifactError where there is no such candidate or none is right, MissingExtraError where its runtime is.
     """
     made = {path.name: artifact.read_manifest(path, verify=False) for path in artifact.artifacts(root, target)}
@@ -48,10 +51,22 @@ def choose(root: Path, target: str, host: str = "", candidate: str | None = None
     if not usable:
         name = min(lacking)
         raise MissingExtraError(f"{name} needs {made[name].backend}", lacking[name])
-    return min(usable, key=lambda n: _rank(made[n])), f"not measured yet: `edgekit bench {root}` tells which is best"
+    order = _order(target)
+    there = f" --host {host}" if host not in ("", ELSEWHERE) else ""
+    why = f"not measured yet: `edgekit bench {root}{there}` tells which is best"
+    return min(usable, key=lambda n: _rank(made[n], order)), why
 
 
-def _rank(manifest: Manifest) -> tuple[int, bool, int]:
+def _order(target: str) -> list[str]:
+    """The backends as the profile lists them: the likeliest first on such devices; a profile that is gone has none."""
+    try:
+        named = [spec.backend for spec in load_target(target).candidates]
+    except EdgekitError:
+        named = []
+    return list(dict.fromkeys([*named, *backends.BACKENDS]))
+
+
+def _rank(manifest: Manifest, order: list[str]) -> tuple[int, bool, int]:
     """int8 before float32 before the rest, pruned before whole, then the order of the backends."""
     precision = {"int8": 0, "float32": 1}.get(manifest.precision, 2)
-    return precision, not manifest.variant, list(backends.BACKENDS).index(manifest.backend)
+    return precision, not manifest.variant, order.index(manifest.backend)

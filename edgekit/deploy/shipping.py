@@ -11,14 +11,14 @@ from typing import Any
 
 from edgekit import artifact
 from edgekit.bench import several
-from edgekit.benching import ship_of
+from edgekit.choosing import ELSEWHERE, choose, target_of
 from edgekit.deploy import bundle as bundles
 from edgekit.deploy import device as devices
 from edgekit.deploy.bundle import Bundle
 from edgekit.deploy.device import Device
 from edgekit.deploy.ssh import Host
 from edgekit.deploy.wheels import Described, DeviceFacts
-from edgekit.errors import ArtifactError, BundleError, DeviceError, UsageError
+from edgekit.errors import BundleError, DeviceError, UsageError
 from edgekit.report.progress import Progress, silent
 from edgekit.target import Target, load_target
 
@@ -26,8 +26,6 @@ DEPLOY_SCHEMA = 1  # 1: first
 KEEP = 2  # versions before the one in use that stay on a device
 DEVICE_PYTHON, DEVICE_GLIBC = "3.11", "2.36"  # of a device that nobody looked at: Debian 12, Raspberry Pi OS of 2023
 _MACHINES = {"AMD64": "x86_64", "arm64": "aarch64"}
-# int8 before float, LiteRT first: small, and fastest most often on ARM; only until it was measured
-PREFERRED = ("tflite-int8", "onnxruntime-int8", "tflite-float32", "onnxruntime-float32")
 
 
 @dataclass(frozen=True)
@@ -320,49 +318,24 @@ def _cargo(
 
         return Cargo(name or made.manifest["name"], None, lambda host: (ships, "what the bundle holds"), given)
     root = artifact.check_build(path)
-    goal = load_target(_target_of(root, target), targets_dir)
+    goal = load_target(target_of(root, target), targets_dir)
     made_of = lambda chosen, device: make(root, goal, chosen, device)  # noqa: E731
-    return Cargo(name or bundles.name_of(root), goal, lambda host: choose(root, goal.name, host, candidate), made_of)
-
-
-def _target_of(root: Path, target: str | None) -> str:
-    """The target that was named, or the only one there is."""
-    made = sorted({path.parent.name for path in artifact.artifacts(root)})
-    if target is not None:
-        if target not in made:
-            raise ArtifactError(
-                f"build '{root}' has no target '{target}' (it has {', '.join(made) or 'nothing'})",
-                f"run `edgekit convert MODEL -t {target}`",
-            )
-        return target
-    if len(made) != 1:
-        raise UsageError(f"build '{root}' has {', '.join(made) or 'no targets'}", "say which with -t")
-    return made[0]
-
-
-def choose(root: Path, target: str, host: str | None, candidate: str | None) -> tuple[str, str]:
-    """(candidate id, why): what was asked for, else what measured best, else the usual one."""
-    made = {path.name: path for path in artifact.artifacts(root, target)}
-    if candidate is not None:
-        if candidate not in made:
-            raise ArtifactError(f"{target} has no candidate '{candidate}'", "it has " + ", ".join(sorted(made)))
-        return candidate, "as asked"
-    best = ship_of(root, target, host)
-    if best is not None and best[0] in made:
-        return best
-    sound = {n for n, path in made.items() if (artifact.read_manifest(path, verify=False).parity or {}).get("ok", True)}
-    for wanted in PREFERRED:
-        for variant in (f"{wanted}-pruned", wanted):
-            if variant in sound:
-                return variant, "not measured on a device yet; `edgekit bench --host` tells which is best"
-    if not sound:
-        raise ArtifactError(f"no artifact of {target} is right", f"run `edgekit bench {root}` for the reasons")
-    return min(sound), "not measured yet"
+    return Cargo(
+        name or bundles.name_of(root), goal, lambda host: choose(root, goal.name, host or ELSEWHERE, candidate), made_of
+    )
 
 
 def check_target(target: Target | None, device: Device) -> None:
-    """The device must be of the target's kind."""
-    if target is None or target.device is None or target.device.arch in (None, device.arch):
+    """The device must be of the target's kind: its processor, and its board where it says which it is."""
+    if target is None or target.device is None:
+        return
+    board = device.facts.get("board")
+    if target.device.arch == device.arch and not target.device.is_model(board):
+        raise DeviceError(
+            f"{device.host}: it is a {board}, {target.name} is for {' or '.join(target.device.models)}",
+            "convert for that board, or for linux-arm64, which any 64-bit Arm board runs",
+        )
+    if target.device.arch == device.arch:
         return
     under = f" (a 32-bit Python on {device.machine})" if device.arch != device.machine else ""
     raise DeviceError(
