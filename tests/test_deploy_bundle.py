@@ -24,6 +24,8 @@ from edgekit import artifact
 from edgekit.deploy import bundle as bundles
 from edgekit.deploy import golden
 from edgekit.deploy.bundle import Bundle, check_fits, is_bundle, make, name_of, open_bundle
+from edgekit.deploy.device import Device
+from edgekit.deploy.shipping import check_target
 from edgekit.deploy.units import units
 from edgekit.deploy.wheels import Described
 from edgekit.errors import ArtifactError, BundleError, DeviceError, OutputExistsError
@@ -241,6 +243,41 @@ def test_a_bundle_for_another_device_is_refused(root: Path, device: Described, m
     check_fits(made.manifest, ARM64)
     with pytest.raises(BundleError, match=message):
         check_fits(made.manifest, device)
+
+
+def looked_at(arch: str, machine: str, board: str | None) -> Device:
+    return Device(
+        host="pi@den",
+        arch=arch,
+        machine=machine,
+        bits=64 if arch == "aarch64" else 32,
+        python="3.11",
+        implementation="CPython",
+        glibc="2.36",
+        cores=4,
+        memory_bytes=2**30,
+        disk_free_bytes=2**33,
+        writable=True,
+        folder="/home/pi/.local/share/edgekit",
+        venv=True,
+        skew_s=0.0,
+        signers=False,
+        facts={"board": board},
+    )
+
+
+def test_a_target_is_for_its_boards_and_processors() -> None:
+    five = load_target("raspberry-pi-5")
+    for board in ("Raspberry Pi 5 Model B Rev 1.0", "Raspberry Pi Compute Module 5 Rev 1.0", None):
+        check_target(five, looked_at("aarch64", "aarch64", board))
+    with pytest.raises(DeviceError, match=r"it is a Raspberry Pi 4 Model B Rev 1\.4, raspberry-pi-5 is for") as caught:
+        check_target(five, looked_at("aarch64", "aarch64", "Raspberry Pi 4 Model B Rev 1.4"))
+    assert "linux-arm64" in caught.value.remedy
+    with pytest.raises(DeviceError, match=r"armv7l \(a 32-bit Python on aarch64\)") as caught:
+        check_target(five, looked_at("armv7l", "aarch64", "Raspberry Pi 5 Model B Rev 1.0"))
+    assert "linux-armv7" in caught.value.remedy
+    check_target(load_target("linux-armv7"), looked_at("armv7l", "aarch64", "Raspberry Pi 3 Model B Rev 1.2"))
+    check_target(load_target("cpu"), looked_at("aarch64", "aarch64", None))
 
 
 def test_nothing_else_is_overwritten(root: Path, tmp_path: Path) -> None:
