@@ -1,7 +1,8 @@
 """Runs a bundle's golden inputs on this machine and compares the answers: python selftest.py BUNDLE CANDIDATE.
 
 Standard library, numpy and the runtime only, Python 3.9; started with the Python of the bundle's environment, by the
-agent that installs it. Remote measurements compare the same way (`difference`). Prints {"difference": null} or how the answers differ.
+agent that installs it. Remote measurements compare the same way (`difference`). Prints {"difference": null} or how the
+answers differ.
 """
 
 from __future__ import annotations
