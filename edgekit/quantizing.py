@@ -45,8 +45,12 @@ def plan(
 
     told: dict[str, Any] = {"budget": None}
     notes = []
-    if budget is None:
+    if budget is None or step.scheme == "fpga":
         chosen = step.plan(model, samples.calibration, progress)
+        if budget is not None:
+            notes.append(
+                "an FPGA keeps no layer in float for a budget's sake: give the layers that lose most more bits"
+            )
     else:
         chosen, kept = protect(step, model, samples.calibration, samples.rest, budget, progress, with_uint8_activations)
         told, notes = {"budget": kept.to_json()}, [kept.words()]
@@ -72,9 +76,10 @@ def repeated(model: ir.Model, given: QuantizationPlan) -> tuple[ir.Model, dict[s
 
 
 def write(root: Path, chosen: QuantizationPlan, model: ir.Model) -> Path:
-    """The plan's file in a build: plan.toml, named after its bits if they are not 8."""
+    """The plan's file in a build: plan.toml, named after its scheme if that is not LiteRT's and its bits if not 8."""
     bits = (chosen.weight_bits, chosen.activation_bits)
-    path = root / ("plan.toml" if bits == (8, 8) else f"plan-w{bits[0]}a{bits[1]}.toml")
+    scheme = "" if chosen.scheme == "litert" else f"-{chosen.scheme}"
+    path = root / (f"plan{scheme}.toml" if bits == (8, 8) else f"plan{scheme}-w{bits[0]}a{bits[1]}.toml")
     plan_file.write(path, chosen, digest(model), {n.name or "": n.op_type for n in model.graph})
     return path
 
@@ -91,11 +96,16 @@ def overridden(step: QuantizeInt8, told: PlanFile, model: ir.Model) -> QuantizeI
             "the plan is for another model, or for another clean-up of this one",
             "plan it again, or pass a file that has the [override] tables only",
         )
-    layers = plan_file.match(told.overrides.layers, (n.name or "" for n in model.graph), "layer")
-    values = [v.name or "" for n in model.graph for v in n.outputs] + [s.name for s in M.signature(model).inputs]
+    given = [s.name for s in M.signature(model).inputs]
+    layers = plan_file.match(told.overrides.layers, [*(n.name or "" for n in model.graph), *given], "layer")
+    values = [v.name or "" for n in model.graph for v in n.outputs] + given
     tensors = plan_file.match(told.overrides.tensors, values, "tensor")
     kept = [n for n, how in layers.items() if how == "float"]
     if told.plan is not None:
+        if told.plan.scheme != step.scheme:
+            raise UnsupportedOpError(
+                f"the plan is of the scheme '{told.plan.scheme}', not '{step.scheme}'", "give it to a target of its own"
+            )
         bits = (told.plan.weight_bits, told.plan.activation_bits)
         if bits != (step.weight_bits, step.activation_bits):
             raise UnsupportedOpError(
@@ -105,5 +115,10 @@ def overridden(step: QuantizeInt8, told: PlanFile, model: ir.Model) -> QuantizeI
         step = as_planned(step, told.plan)
         before = [n for n, why in told.plan.float_nodes.items() if why.startswith((PROTECTED, REQUESTED))]
         kept += [n for n in before if layers.get(n) != "int8"]
+    bits_of = {
+        **dict(step.layer_bits),
+        **{n: w for n, how in layers.items() if (w := plan_file.widths(how)) is not None},
+    }
     ranges = [(n, c["method"] if "method" in c else (float(c["low"]), float(c["high"]))) for n, c in tensors.items()]
-    return replace(step, keep_float=tuple(dict.fromkeys((*step.keep_float, *kept))), tensors=tuple(ranges))
+    kept = list(dict.fromkeys((*step.keep_float, *kept)))
+    return replace(step, keep_float=tuple(kept), tensors=tuple(ranges), layer_bits=tuple(bits_of.items()))

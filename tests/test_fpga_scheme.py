@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from onnx import helper
 
 from edgekit import model as M
+from edgekit import quantizing
 from edgekit.backends.fpga import interpreter
 from edgekit.backends.fpga.lower import lower
 from edgekit.errors import ArtifactError, UnsupportedOpError, UsageError
@@ -19,6 +20,7 @@ from edgekit.passes import plan_file
 from edgekit.passes.grids import LiteRT, PowerOfTwo, finest, power_of_two, weight_scales
 from edgekit.passes.plan import QuantizationPlan, integer_range
 from edgekit.passes.quantize import QuantizeInt8, apply_plan
+from edgekit.report.progress import silent
 from tests.quantize_graphs import Samples, evaluate, graph, normal, sqnr_db, types
 
 Array = np.ndarray[Any, Any]
@@ -60,6 +62,11 @@ def net(classes: int = 6) -> Any:
 
 X = normal(80, 3, 9, 8, seed=20)
 QUICK = {"smooth": "off", "search_time": 0.0}
+
+
+class Some(Samples):
+    def take(self, n: int, seed: int = 0) -> Some:
+        return Some({k: v[:n] for k, v in self.inputs.items()})
 
 
 def planned(**options: Any) -> QuantizationPlan:
@@ -151,6 +158,39 @@ def test_plan_files_come_back(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace(f"scale = {scale!r}", "scale = 0.3"))
     with pytest.raises(ArtifactError, match="no power of two"):
         plan_file.read(path)
+
+
+def test_widths_by_pattern_in_a_plan_file(tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text(
+        '[override.layers]\n"in*" = "w4a6"\n"x" = "w8a5"\n[override.tensors]\n"p" = {low = -0.99, high = 0.99}\n'
+    )
+    step = quantizing.overridden(QuantizeInt8(scheme="fpga", **QUICK), plan_file.read(path), net())  # type: ignore[arg-type]
+    chosen = step.plan(net(), Samples({"x": X}))
+    assert (chosen.weights["inner"].bits, chosen.activations["x"].bits, chosen.activations["c1"].bits) == (4, 5, 6)
+    assert chosen.activations["p"].scale == 2.0**-7
+    # and a plan with widths is planned again with them
+    plan_file.write(path, chosen, quantizing.digest(net()), {})
+    text = path.read_text().replace("\n[override.layers]\n", '\n[override.layers]\n"last" = "w5a8"\n')
+    path.write_text(text)
+    again = quantizing.overridden(QuantizeInt8(scheme="fpga", **QUICK), plan_file.read(path), net())  # type: ignore[arg-type]
+    assert dict(again.layer_bits) == {"inner": (4, 6), "x": (8, 5), "last": (5, 8)}
+    with pytest.raises(UnsupportedOpError, match="scheme 'fpga', not 'litert'"):
+        quantizing.overridden(QuantizeInt8(), plan_file.read(path), net())
+    path.write_text('[override.layers]\n"in*" = "w1a9"\n')
+    with pytest.raises(UsageError, match="w4a6"):
+        plan_file.read(path)
+
+
+def test_blame_and_notes_of_a_plan() -> None:
+    step = QuantizeInt8(scheme="fpga", weight_bits=4, layer_bits=(("deep", (8, 8)),), **QUICK)  # type: ignore[arg-type]
+    data = Some({"x": X})
+    samples = quantizing.Samples(data, data)  # type: ignore[arg-type]
+    chosen, record = quantizing.plan(net(), step, samples, 0.01, silent)
+    assert {row["node"] for row in record["plan"]["blame"]} >= {"first", "inner", "hidden", "last"}
+    assert any("no layer in float" in note for note in record["told"])
+    assert record["plan"]["scheme"] == "fpga"
+    assert chosen.describe()[0].startswith("12 nodes in fixed")
 
 
 def test_the_search_beats_the_range_that_holds_everything() -> None:

@@ -101,6 +101,7 @@ class QuantizationPlan:
     factors: value -> what its channels are multiplied with, and its readers' weights divided by, before all else.
     bias_shifts: node -> what is added to its bias, one float per output channel, to undo the mean error of its weights.
     scheme: "litert" or "fpga", where weight_bits and activation_bits are those of layers without widths of their own.
+    layer_bits: node or model input -> (weight bits, activation bits) that were asked for.
     """
 
     weight_bits: int
@@ -118,6 +119,7 @@ class QuantizationPlan:
     samples: int = 0
     seed: int = 0
     scheme: Scheme = "litert"
+    layer_bits: dict[str, tuple[int, int]] = field(default_factory=dict)
     schema: int = PLAN_SCHEMA
 
     def to_json(self) -> str:
@@ -144,7 +146,7 @@ class QuantizationPlan:
                 )
             data["activations"] = {k: Activation(**v) for k, v in data["activations"].items()}
             data["weights"] = {k: _weight(v) for k, v in data["weights"].items()}
-            for key in ("bias_shifts", "factors"):
+            for key in ("bias_shifts", "factors", "layer_bits"):
                 data[key] = {k: tuple(v) for k, v in data[key].items()}
             data["quantized"] = tuple(data["quantized"])
             data["groups"] = tuple(tuple(g) for g in data["groups"])
@@ -163,8 +165,9 @@ class QuantizationPlan:
 
     def describe(self) -> list[str]:
         """Lines for a person: what is quantized, how, and what stays float and why."""
+        kind = f"fixed{self.activation_bits}" if self.scheme == "fpga" else f"int{self.activation_bits}"
         lines = [
-            f"{len(self.quantized)} nodes in int{self.activation_bits}, {len(self.float_nodes)} in float; "
+            f"{len(self.quantized)} nodes in {kind}, {len(self.float_nodes)} in float; "
             f"weights {self.weight_bits} bits, calibration {self.method} on {self.samples} samples"
         ]
         for name, score in sorted(self.scores.items()):

@@ -4,6 +4,7 @@ A plan without changes is applied as it is, without data. Changes are patterns o
 
     [override.layers]
     "block4/*" = "float"
+    "block5/*" = "w4a6"         # of an FPGA: bits of weights and activations; a model input has the latter
 
     [override.tensors]
     "logits" = { low = -8.0, high = 12.0 }
@@ -17,6 +18,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import tomllib
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -33,7 +35,7 @@ FILE_SCHEMA = 1  # 1: first
 _WHOLE = "plan_schema"  # the key that a file of overrides only does not have
 _SHARED = frozenset({"schema", "model_sha256", "override"})
 _KEYS = _SHARED | {_WHOLE, "integers", "integers_sha256", "method", "weight_bits", "activation_bits", "samples"}
-_KEYS |= {"scheme", "seed", "tried", "layer", "tensor", "factors", "groups"}
+_KEYS |= {"scheme", "seed", "tried", "layer", "tensor", "factors", "groups", "layer_bits"}
 _HEAD = """\
 # How edgekit quantized this model. `edgekit convert MODEL --plan FILE` does it again, without data, to the last bit.
 # To change something, say so in [override.layers] ("name or pattern" = "float") or [override.tensors]
@@ -89,6 +91,9 @@ def write(path: Path, plan: QuantizationPlan, model_sha256: str, ops: Mapping[st
         lines.append("")
     lines += ["[factors]\n# channels of these tensors were multiplied, and their readers' weights divided"]
     lines += [f"{_text(name)} = {_value(values)}" for name, values in plan.factors.items()]
+    if plan.layer_bits:
+        lines.append("\n[layer_bits]\n# bits of weights and activations, where they were asked for")
+        lines += [f"{_text(name)} = {_value(pair)}" for name, pair in plan.layer_bits.items()]
     lines.append(f"\n[groups]\n# tensors of one scale and zero point\nmembers = {_value(plan.groups)}")
     _replace(path, ("\n".join(lines) + "\n").encode("utf-8"))
 
@@ -201,6 +206,7 @@ def _plan(path: Path, data: Mapping[str, Any]) -> QuantizationPlan:
         samples=data["samples"],
         seed=data["seed"],
         scheme=data["scheme"],
+        layer_bits={n: (int(w), int(a)) for n, (w, a) in data.get("layer_bits", {}).items()},
     )
 
 
@@ -246,8 +252,9 @@ def _overrides(path: Path, data: Any) -> Overrides:
     if wrong:
         raise UsageError(f"'{path}': unknown table [override.{wrong[0]}]", "known: override.layers, override.tensors")
     for pattern, precision in data.get("layers", {}).items():
-        if precision not in ("float", "int8"):
-            raise UsageError(f"'{path}': layer '{pattern}' = {precision!r}", 'give "float" or "int8"')
+        if precision not in ("float", "int8") and widths(precision) is None:
+            told = 'give "float" or "int8", or for an FPGA bits of weights and activations as "w4a6"'
+            raise UsageError(f"'{path}': layer '{pattern}' = {precision!r}", told)
     for pattern, change in data.get("tensors", {}).items():
         keys = set(change) if isinstance(change, dict) else set()
         fine = keys == {"method"} and change["method"] in METHODS
@@ -258,6 +265,12 @@ def _overrides(path: Path, data: Any) -> Overrides:
             told = "give { low = .., high = .. } with low < high, or { method = one of " + ", ".join(METHODS) + " }"
             raise UsageError(f"'{path}': tensor '{pattern}' = {change!r}", told)
     return Overrides(data.get("layers", {}), data.get("tensors", {}))
+
+
+def widths(precision: object) -> tuple[int, int] | None:
+    """(weight bits, activation bits) of "w4a6", None for anything else."""
+    found = re.fullmatch(r"w([2-8])a([2-8])", precision) if isinstance(precision, str) else None
+    return (int(found[1]), int(found[2])) if found else None
 
 
 # --- matching -----------------------------------------------------------------------------------------

@@ -121,6 +121,7 @@ def as_planned(step: QuantizeInt8, plan: QuantizationPlan) -> QuantizeInt8:
         rounding="reconstruct" if ROUNDED in words else "nearest",
         bias_correction="on" if CORRECTED in words else "off",
         smooth="on" if SMOOTHED in words else "off",
+        layer_bits=tuple(plan.layer_bits.items()),
     )
 
 
@@ -323,6 +324,7 @@ class Search:
             samples=self.data.samples,
             seed=step.seed,
             scheme=step.scheme,
+            layer_bits=dict(step.layer_bits),
         )
 
     def _weight(self, node: ir.Node, value: str, activations: dict[str, Activation]) -> Weight:
