@@ -118,7 +118,10 @@ def convert(
     if prune_latency is not None:
         asked = latency(prune_latency)
     _check_pruning(asked, distill, emit_keras)
-    work = _plan_work([load_target(name, targets_dir) for name in names(targets)], precisions, pruned=asked is not None)
+    goals = [load_target(name, targets_dir) for name in names(targets)]
+    if prune_latency is not None:
+        _check_timed_here(goals[0])
+    work = _plan_work(goals, precisions, pruned=asked is not None)
     wants_int8 = any(w.candidate.precision in STATIC and not w.skipped for w in work)
     told = None if plan is None else read_plan(Path(plan))
     whole = told is not None and told.plan is not None and not told.overrides
@@ -174,6 +177,17 @@ def convert(
     job.retire_others()
     written = {"keras": job.emit_keras()} if emit_keras else {}
     return {"schema": CONVERT_SCHEMA, "build": str(root), **job.summary(), **written, "artifacts": rows}
+
+
+def _check_timed_here(target: Target) -> None:
+    """A latency can only be had of this machine's kind."""
+    from edgekit.bench.machine import architecture
+
+    if target.device is not None and target.device.arch != architecture():
+        raise UsageError(
+            f"--prune-latency times on this machine ({architecture()}), {target.name} is {target.device.arch}",
+            f"use --prune SHARE, then `edgekit bench -t {target.name} --host` tells how much faster it is there",
+        )
 
 
 def _check_pruning(asked: Request | None, distill: float | None, emit_keras: bool) -> None:

@@ -172,6 +172,16 @@ def test_a_collapsed_model_is_refused(half: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "b").glob("one/*pruned*"))
 
 
+def test_a_latency_of_another_processor_is_not_timed_here(tmp_path: Path) -> None:
+    (tmp_path / "there.toml").write_text(ONLY + '[device]\narch = "armv7l"\n', encoding="utf-8")
+    with pytest.raises(UsageError, match="armv7l"):
+        pipeline.convert(
+            DIGITS / "digits_cnn.onnx", ["there"], data=DIGITS / "digits_calib.npz", targets_dir=tmp_path,
+            out=tmp_path / "b", prune_latency="2x",
+        )  # fmt: skip
+    assert not (tmp_path / "b").exists()
+
+
 @pytest.mark.parametrize("text", ["2", "0", "-1", "nan", "macs=", "speed=0.5", "4:2", "0:4", "2:4:8", "half", ""])
 def test_what_prune_does_not_understand(text: str) -> None:
     with pytest.raises(UsageError, match="--prune"):
