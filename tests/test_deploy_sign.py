@@ -41,6 +41,15 @@ def test_a_signature_is_verified_and_names_its_signer(key: Path, signers: Path) 
     assert sign.verify(TEXT, sign.sign(TEXT, key), signers) == "ada@example"
 
 
+def test_a_public_key_stands_for_its_owner_alone(key: Path, tmp_path: Path) -> None:
+    signature = sign.sign(TEXT, key)
+    assert sign.verify(TEXT, signature, key.with_suffix(".pub")) == "ada"
+    with pytest.raises(SignatureError, match=r"signer is not in .*/eve\.pub"):
+        sign.verify(TEXT, signature, new_key(tmp_path, "eve").with_suffix(".pub"))
+    with pytest.raises(SignatureError, match="not that of 'ada'"):
+        sign.verify(TEXT + b" ", signature, key.with_suffix(".pub"))
+
+
 def test_openssh_itself_agrees(key: Path, signers: Path, tmp_path: Path) -> None:
     (tmp_path / "s").write_bytes(sign.sign(TEXT, key))
     command = ["ssh-keygen", "-Y", "verify", "-f", str(signers), "-I", "ada@example", "-n", "edgekit", "-s"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from edgekit.errors import SignatureError
 
 NAMESPACE = "edgekit"
+_KEY_TYPES = (b"ssh-", b"ecdsa-", b"sk-")  # what a public key's file begins with
 _TIMEOUT_S = 120.0  # a key on a token waits for a touch
 
 
@@ -27,19 +28,23 @@ def sign(text: bytes, key: Path) -> bytes:
 
 
 def verify(text: bytes, signature: bytes | None, signers: Path) -> str:
-    """The name, in the allowed_signers file `signers`, of whose key signed `text`. Raises SignatureError."""
+    """The name of whose key signed `text`. Raises SignatureError.
+
+    signers: an allowed_signers file, or a public key, which then is the only one and is called as its file.
+    """
     if not signers.is_file():
-        raise SignatureError(f"no file '{signers}'", "give an allowed_signers file: a line of NAME KEY for each signer")
+        raise SignatureError(f"no file '{signers}'", "give a public key, or an allowed_signers file: NAME KEY a line")
     if signature is None:
         raise SignatureError("the bundle is not signed", "make it with --sign KEY")
     with tempfile.TemporaryDirectory(prefix="edgekit-sign-") as folder:
         file = Path(folder) / "signature"
         file.write_bytes(signature)
-        found = _run(["-Y", "find-principals", "-s", str(file), "-f", str(signers)], b"")
+        known = _allowed(signers, Path(folder))
+        found = _run(["-Y", "find-principals", "-s", str(file), "-f", str(known)], b"")
         names = found.stdout.decode(errors="replace").split("\n")[0].split(",")
         if found.returncode or not names[0]:
             raise SignatureError(*_why_not_known(signers, _said(found)))
-        command = ["-Y", "verify", "-f", str(signers), "-I", names[0], "-n", NAMESPACE, "-s", str(file)]
+        command = ["-Y", "verify", "-f", str(known), "-I", names[0], "-n", NAMESPACE, "-s", str(file)]
         done = _run(command, text)
     if done.returncode:
         raise SignatureError(
@@ -47,6 +52,16 @@ def verify(text: bytes, signature: bytes | None, signers: Path) -> str:
             "it was altered, or signed for something else: take it from where it was made",
         )
     return names[0]
+
+
+def _allowed(signers: Path, folder: Path) -> Path:
+    """The file as ssh-keygen wants it: a public key gets a name."""
+    given = signers.read_bytes()
+    if not given.startswith(_KEY_TYPES):
+        return signers
+    known = folder / "signers"
+    known.write_bytes(signers.stem.replace(" ", "_").encode() + b" " + given)
+    return known
 
 
 def _run(words: list[str], text: bytes) -> subprocess.CompletedProcess[bytes]:
