@@ -49,6 +49,9 @@ INTEGER_FPGA = frozenset(
     | {"ReduceMean", "Concat", "Pad", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"}
 )
 
+# which may end a model for it: the host computes them, where anybody asks for probabilities
+HOST = frozenset({"Softmax", "LogSoftmax", "Sigmoid"})
+
 Scheme = Literal["litert", "fpga"]
 
 

@@ -258,12 +258,24 @@ def test_narrow_widths_are_clipped_before_they_are_rounded() -> None:
     assert types(written).count("QuantizeLinear") - len(clips) == 1  # the logits
 
 
+def test_operators_without_integers_are_refused_before_anything_is_computed() -> None:
+    nodes = [
+        helper.make_node("Gemm", ["x", "w"], ["h"], name="first"),
+        helper.make_node("Tanh", ["h"], ["t"], name="bend"),
+        helper.make_node("Gemm", ["t", "w"], ["y"], name="last"),
+    ]
+    model = graph(nodes, {"x": ["n", 4]}, {"y": ["n", 4]}, {"w": normal(4, 4)})
+    with pytest.raises(UnsupportedOpError, match="Tanh 'bend' cannot become integers of an FPGA: Tanh has no integer"):
+        QuantizeInt8(scheme="fpga").search(model, Samples({"x": normal(16, 4)}))
+
+
 @pytest.mark.parametrize(
     ("options", "error", "told"),
     [
         ({"scheme": "fpga", "activation_bits": 16}, UsageError, "16 bits for an FPGA"),
         ({"scheme": "fpga", "layer_bits": (("first", (9, 8)),)}, UsageError, "9 bits"),
         ({"scheme": "fpga", "layer_bits": (("nobody", (4, 4)),)}, UnsupportedOpError, "'nobody' to give bits"),
+        ({"scheme": "fpga", "keep_float": ("inner",)}, UnsupportedOpError, "Conv 'inner' cannot .* on request"),
         ({"weight_bits": 4}, UsageError, "4-bit weights"),
         ({"layer_bits": (("first", (8, 8)),)}, UsageError, "by layer"),
     ],

@@ -23,7 +23,7 @@ from edgekit.passes.reconstruct import ROWS, affordable, reconstruct
 from edgekit.passes.rescale import rescaled
 from edgekit.passes.smooth import Smooth
 from edgekit.report.progress import Progress, silent
-from edgekit.scheme import Scheme
+from edgekit.scheme import HOST, Scheme
 
 if TYPE_CHECKING:
     from edgekit.dataset import Dataset
@@ -97,6 +97,9 @@ class QuantizeInt8:
         for name, _ in self.layer_bits:
             if name not in names:
                 raise UnsupportedOpError(f"no node or input '{name}' to give bits", "`edgekit inspect` lists the names")
+        if self.scheme == "fpga":
+            forced = dict.fromkeys(self.keep_float, REQUESTED)
+            _check_integer(model, decide(model, forced, self.activation_bits, scheme="fpga"))
         return Search(self, model, data, progress)
 
     def _check_widths(self) -> None:
@@ -269,6 +272,8 @@ class Search:
         while extra := draft.unfit(model, decision, seen):
             forced |= extra
             decision = decided()
+        if self.step.scheme == "fpga":
+            _check_integer(model, decision)
         return decision
 
     def _grids(self, model: ir.Model, decision: Decision) -> Grids:
@@ -342,6 +347,17 @@ class Search:
         if not self.step.per_channel:
             scales = np.full_like(scales, scales.max())
         return Weight(value, axis, self.step.weight_bits, tuple(float(s) for s in scales))
+
+
+def _check_integer(model: ir.Model, decision: Decision) -> None:
+    """Raises UnsupportedOpError for the first operator, but one at the end that is the host's, that must stay float."""
+    for node in model.graph:
+        why = decision.float_nodes.get(node.name or "")
+        if why is not None and not (node.op_type in HOST and node.outputs[0].is_graph_output()):
+            raise UnsupportedOpError(
+                f"{node.op_type} '{node.name}' cannot become integers of an FPGA: {why}",
+                "train without it, or end the model before it and leave it to the host",
+            )
 
 
 def _note_bounded(model: ir.Model, seen: Mapping[str, Observed]) -> None:

@@ -21,11 +21,11 @@ from edgekit.backends.fpga.views import MOVES, Pending, View, canonical, is_map,
 from edgekit.errors import ShapeError, UnsupportedOpError
 from edgekit.passes import fold_graph as G
 from edgekit.passes.decide import clip_bounds
+from edgekit.scheme import HOST
 from edgekit.windows import window
 
 Array = np.ndarray[Any, Any]
 
-HOST = frozenset({"Softmax", "LogSoftmax", "Sigmoid"})  # at the end: the host's, where anybody asks for probabilities
 _INPUT = Layer("maxpool", "", (), "", 0, 1, (0,))  # stands for the host's quantizer
 FLOAT = "a float operator: leave it to the host, or train without it"
 EVEN = "windows that fit without it: ceil_mode = 0"
