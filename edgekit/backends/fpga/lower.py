@@ -6,7 +6,7 @@ take is refused by operator, node, reason and remedy. The rounding of ties is th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,29 +14,26 @@ import numpy as np
 import onnx_ir as ir
 
 from edgekit import model as M
-from edgekit.backends.fpga.grid import CONVERT, bits_of, grid, nearest, refuse, stored
-from edgekit.backends.fpga.kernels import dilated, flat_pads, ungrouped
-from edgekit.backends.fpga.net import AVERAGE_BITS, MAX_SHIFT, IntegerNet, Kind, Layer, Layout, Tensor, limits, windows
-from edgekit.backends.fpga.views import MOVES, Pending, View, canonical, is_map, moved
+from edgekit.backends.fpga.grid import CONVERT, bits_of, grid, nearest, refuse
+from edgekit.backends.fpga.layers import OPS
+from edgekit.backends.fpga.net import MAX_SHIFT, IntegerNet, Layer, Layout, Tensor, limits
+from edgekit.backends.fpga.views import MOVES, Pending, View, is_map, moved
 from edgekit.errors import ShapeError, UnsupportedOpError
-from edgekit.passes import fold_graph as G
 from edgekit.passes.decide import clip_bounds
 from edgekit.scheme import HOST
-from edgekit.windows import window
 
 Array = np.ndarray[Any, Any]
 
 _INPUT = Layer("maxpool", "", (), "", 0, 1, (0,))  # stands for the host's quantizer
 FLOAT = "a float operator: leave it to the host, or train without it"
-EVEN = "windows that fit without it: ceil_mode = 0"
 
 
 def lower(model: ir.Model) -> IntegerNet:
     """Raises UnsupportedOpError (operator, node, reason), ShapeError (sizes unknown)."""
-    return _Lowering(model).net()
+    return Lowering(model).net()
 
 
-class _Lowering:
+class Lowering:
     def __init__(self, model: ir.Model) -> None:
         sig = M.signature(model)
         if len(sig.inputs) != 1 or len(sig.outputs) != 1:
@@ -71,7 +68,7 @@ class _Lowering:
         found = self.values.get(output)
         if not isinstance(found, View):
             raise UnsupportedOpError(f"the output '{output}' is not quantized", CONVERT)
-        if not np.array_equal(self._memory(found).ravel(), np.arange(self.tensors[found.tensor].size)):
+        if not np.array_equal(self.in_memory(found).ravel(), np.arange(self.tensors[found.tensor].size)):
             raise UnsupportedOpError(
                 f"the output '{output}' is not in the order height, width, channels", "end with a vector of results"
             )
@@ -105,13 +102,17 @@ class _Lowering:
             result = self._bounded(node, given)
         elif node.op_type in HOST and isinstance(given, View):
             result = self._left_to_host(node, given)
-        elif node.op_type in _OPS:
-            result = _OPS[node.op_type](self, node)
+        elif node.op_type == "QuantizeLinear":
+            result = self._quantize(node)
+        elif node.op_type == "DequantizeLinear":
+            result = self._dequantize(node)
+        elif node.op_type in OPS:
+            result = OPS[node.op_type](self, node)
         else:
             raise refuse(node, "it has no integer form", FLOAT)
         self.values[node.outputs[0].name or ""] = result
 
-    def _view(self, node: ir.Node, position: int = 0) -> View:
+    def view(self, node: ir.Node, position: int = 0) -> View:
         value = node.inputs[position]
         found = self.values.get(value.name or "") if value is not None else None
         if not isinstance(found, View):
@@ -137,7 +138,7 @@ class _Lowering:
         """A value on its way to another grid or range."""
         if any(view.pads):
             raise refuse(node, "it reads a padded value", "let the convolution pad")
-        order = self._memory(view)
+        order = self.in_memory(view)
         tensor = self.tensors[view.tensor]
         layer = replace(_INPUT, name=node.name or "", inputs=(view.tensor,))
         return Pending(layer, tensor.shape, (tensor.exponent,), order)
@@ -203,7 +204,7 @@ class _Lowering:
         return replace(view, pads=before.pads)
 
     def _dequantize(self, node: ir.Node) -> View:
-        view = self._view(node)
+        view = self.view(node)
         found = grid(node)
         tensor = self.tensors[view.tensor]
         if found.exponents != (tensor.exponent,):
@@ -218,7 +219,7 @@ class _Lowering:
         return new
 
     # --- memory ------------------------------------------------------------------------------------------
-    def _memory(self, view: View) -> Array:
+    def in_memory(self, view: View) -> Array:
         """Positions of the view's elements in memory."""
         if view.tensor != self.input:
             return view.order
@@ -247,9 +248,9 @@ class _Lowering:
         self.memory = np.argsort(wanted)
         self.tensors[self.input] = replace(tensor, shape=(height, width, channels))
 
-    def _map(self, node: ir.Node, view: View) -> tuple[Tensor, int]:
+    def whole_map(self, node: ir.Node, view: View) -> tuple[Tensor, int]:
         """The tensor behind a whole feature map (channels, height, width), and the rank of its positions, 1 or 2."""
-        order = self._memory(view)
+        order = self.in_memory(view)
         rank = order.ndim - 1
         order = order[:, None, :] if rank == 1 else order
         tensor = self.tensors[view.tensor]
@@ -260,214 +261,6 @@ class _Lowering:
                 "let layers that move data stand at the input or before a dense layer only",
             )
         return tensor, rank
-
-    # --- layers of weights -------------------------------------------------------------------------------
-    def _weights(self, node: ir.Node, axis: int) -> tuple[Array, tuple[int, ...]]:
-        """Integers, output channels first, and exponents, one or one per channel."""
-        found = stored(node.inputs[1])
-        if found is None:
-            constant = M.constant(node.inputs[1]) is not None
-            raise refuse(node, "its weights are float" if constant else "its weights are computed", CONVERT)
-        channels = found.integers.shape[axis]
-        if len(found.grid.exponents) not in (1, channels) or (
-            len(found.grid.exponents) > 1 and found.grid.axis % found.integers.ndim != axis
-        ):
-            raise refuse(node, "its weights have scales along another axis than the output's", CONVERT)
-        if found.grid.bits > 8:
-            raise refuse(node, "its weights have more than 8 bits", CONVERT)
-        return np.moveaxis(found.integers, axis, 0), found.grid.exponents
-
-    def _bias(self, node: ir.Node, channels: int, exponents: tuple[int, ...]) -> Array:
-        """int64 (channels,) at the exponents of the sums."""
-        value = node.inputs[2] if len(node.inputs) > 2 else None
-        if value is None:
-            return np.zeros(channels, np.int64)
-        found, real = stored(value), M.constant(value)
-        if found is not None:  # exact in float64: 32 bits times a power of two
-            real = np.ldexp(found.integers.ravel().astype(np.float64), -np.array(found.grid.exponents))
-        if real is None:
-            raise refuse(node, "its bias is computed", "give it as a constant")
-        scaled = np.ldexp(np.resize(real.astype(np.float64).ravel(), channels), np.array(exponents))
-        if np.abs(scaled).max(initial=0) >= 2**31:
-            raise refuse(node, "its bias leaves 32 bits", "coarser weights or inputs")
-        return np.asarray(np.floor(scaled + 0.5).astype(np.int64))
-
-    def _product(self, node: ir.Node, base: Layer, weights: Array, own: tuple[int, ...], source: Tensor) -> Layer:
-        bits = bits_of(int(weights.min()), int(weights.max()))
-        exponents = own if len(own) > 1 else own * len(weights)
-        sums = tuple(source.exponent + e for e in exponents)
-        return replace(
-            base,
-            name=node.name or "",
-            inputs=(source.name,),
-            weights=np.ascontiguousarray(weights.astype(np.int8)),
-            weight_bits=bits,
-            weight_exponents=exponents,
-            bias=self._bias(node, len(weights), sums),
-        )
-
-    def _conv(self, node: ir.Node) -> Pending:
-        view = self._view(node)
-        source, rank = self._map(node, view)
-        weights, exponents = self._weights(node, 0)
-        if weights.ndim != rank + 2:
-            raise refuse(node, f"{weights.ndim - 2} spatial axes", "at most two")
-        found = window(node, weights.shape[2:], source.hwc[2 - rank : 2])
-        weights = weights.reshape(*weights.shape[:2], -1, weights.shape[-1])  # (cout, cin, kh, kw)
-        weights = dilated(weights, (1,) * (2 - rank) + found.dilations)
-        groups, channels = int(node.attributes.get_int("group", 1) or 1), source.hwc[2]
-        depthwise = groups == channels == len(weights) and groups > 1
-        if groups > 1 and not depthwise:
-            weights = ungrouped(weights, groups)
-            self.notes.append(f"Conv '{node.name}' of {groups} groups is one of all channels with zeros")
-        pads, strides = flat_pads(node, found.begins, found.ends, view.pads), (1,) * (2 - rank) + found.strides
-        shaped = Layer("depthwise" if depthwise else "conv", "", (), "", 0, 1, (0,), kernel=weights.shape[2:],
-                       strides=(strides[0], strides[1]), pads=pads)  # fmt: skip
-        ordered = weights[:, 0] if depthwise else weights.transpose(0, 2, 3, 1)
-        return self._map_of(self._product(node, shaped, ordered, exponents, source), source, rank, len(weights))
-
-    def _map_of(self, layer: Layer, source: Tensor, rank: int, channels: int) -> Pending:
-        """What a layer of windows gives."""
-        height, width = windows(layer, source)
-        order = canonical(channels, height, width)
-        sums = tuple(source.exponent + e for e in layer.weight_exponents) if layer.weights is not None else ()
-        return Pending(layer, (height, width, channels), sums, order[:, 0] if rank == 1 else order)
-
-    def _dense(self, node: ir.Node) -> Pending:
-        view = self._view(node)
-        gemm = node.op_type == "Gemm"
-        factors = [float(node.attributes.get_float(name, 1.0) or 0.0) for name in ("alpha", "beta")]
-        if gemm and (G.integer(node, "transA", 0) or factors != [1.0, 1.0]):
-            raise refuse(node, "it transposes its input or scales its sums", CONVERT)
-        found = stored(node.inputs[1])
-        if found is not None and found.integers.ndim != 2:
-            raise refuse(node, f"its weights have {found.integers.ndim} axes", "a matrix")
-        weights, exponents = self._weights(node, 0 if gemm and G.integer(node, "transB", 0) else 1)
-        order = self._memory(view)
-        source = self.tensors[view.tensor]
-        if any(view.pads) or order.size != weights.shape[1] or order.size != source.size:
-            raise refuse(node, f"it multiplies rows of {order.shape}, not one vector", "flatten before it")
-        columns = np.empty_like(weights)
-        columns[:, order.ravel()] = weights
-        plain = Layer("dense", "", (), "", 0, 1, (0,))
-        layer = self._product(node, plain, columns, exponents, source)
-        sums = tuple(source.exponent + e for e in layer.weight_exponents)
-        positions = np.arange(len(weights)).reshape(*order.shape[:-1], len(weights))
-        return Pending(layer, (len(weights),), sums, positions)
-
-    # --- the others --------------------------------------------------------------------------------------
-    def _pool(self, node: ir.Node) -> Pending:
-        view = self._view(node)
-        source, rank = self._map(node, view)
-        kind: Kind = "maxpool" if node.op_type == "MaxPool" else "avgpool"
-        found = window(node, tuple(node.attributes.get_ints("kernel_shape", ()) or ()), source.hwc[2 - rank : 2])
-        pads = flat_pads(node, found.begins, found.ends, (0, 0, 0, 0))
-        if any(d != 1 for d in found.dilations) or (len(node.outputs) > 1 and node.outputs[1].uses()):
-            raise refuse(node, "its windows have gaps, or its indices are used", "a pool without them")
-        if any(view.pads) and kind == "maxpool":
-            raise refuse(node, "zeros before it could win", "let the pool pad")
-        if kind == "avgpool" and any(pads) and not node.attributes.get_int("count_include_pad", 0):
-            raise refuse(
-                node, "its average at the border is over fewer positions", "count_include_pad = 1, or no padding"
-            )
-        kernel, strides = (1,) * (2 - rank) + found.kernel, (1,) * (2 - rank) + found.strides
-        total = tuple(a + b for a, b in zip(pads, view.pads, strict=True))
-        layer = Layer(kind, node.name or "", (source.name,), "", 0, 1, (0,), kernel=(kernel[0], kernel[1]),
-                      strides=(strides[0], strides[1]), pads=total)  # type: ignore[arg-type]  # fmt: skip
-        sizes = [n + total[a] + total[a + 2] - layer.kernel[a] for a, n in enumerate(source.hwc[:2])]
-        if node.attributes.get_int("ceil_mode", 0) and any(n % s for n, s in zip(sizes, layer.strides, strict=True)):
-            raise refuse(node, "its last windows reach beyond the border (ceil_mode)", EVEN)
-        return self._pooled(layer, source, rank)
-
-    def _pooled(self, layer: Layer, source: Tensor, rank: int) -> Pending:
-        bits = 0
-        if layer.kind == "avgpool":
-            count = layer.kernel[0] * layer.kernel[1]
-            bits = count.bit_length() - 1
-            if count != 1 << bits:
-                bits = AVERAGE_BITS
-                layer = replace(layer, multiplier=(2 * 2**bits + count) // (2 * count))
-        return replace(self._map_of(layer, source, rank, source.hwc[2]), exponents=(source.exponent + bits,))
-
-    def _global(self, node: ir.Node) -> Pending:
-        view = self._view(node)
-        source, rank = self._map(node, view)
-        kind: Kind = "maxpool" if node.op_type == "GlobalMaxPool" else "avgpool"
-        if any(view.pads):
-            raise refuse(node, "it reads a padded value", "pool before padding")
-        return self._pooled(
-            Layer(kind, node.name or "", (source.name,), "", 0, 1, (0,), kernel=source.hwc[:2]), source, rank
-        )
-
-    def _mean(self, node: ir.Node) -> Pending:
-        """ReduceMean over all positions of a map, in whichever layout the model has it."""
-        view = self._view(node)
-        order = self._memory(view)
-        axes = M.constant(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] is not None else None
-        given = axes.ravel().tolist() if axes is not None else list(node.attributes.get_ints("axes", ()) or ())
-        over = sorted(a % (order.ndim + 1) - 1 for a in given)
-        kept = [a for a in range(order.ndim) if a not in over]
-        if len(kept) != 1 or not over or -1 in over or any(view.pads):
-            raise refuse(node, f"a mean over axes {given}", "a mean over all rows and columns")
-        turned = order.transpose(kept + over)
-        source, rank = self._map(node, View(view.tensor, view.order.transpose(kept + over)))
-        layer = Layer("avgpool", node.name or "", (source.name,), "", 0, 1, (0,), kernel=source.hwc[:2])
-        sizes = [n if a in kept else 1 for a, n in enumerate(order.shape)]
-        if not node.attributes.get_int("keepdims", 1):
-            sizes = [turned.shape[0]]
-        return replace(self._pooled(layer, source, rank), order=np.arange(turned.shape[0]).reshape(sizes))
-
-    def _add(self, node: ir.Node) -> Pending:
-        views = [self._view(node, i) for i in (0, 1)]
-        orders = [self._memory(v) for v in views]
-        sources = [self.tensors[v.tensor] for v in views]
-        if (
-            sources[0].hwc != sources[1].hwc
-            or not np.array_equal(orders[0], orders[1])
-            or any((*views[0].pads, *views[1].pads))
-        ):
-            shapes = " and ".join(str(v.order.shape) for v in views)
-            raise refuse(node, f"its operands {shapes} are not of one shape and order", "equal shapes, not broadcast")
-        exponents = [s.exponent for s in sources]
-        most = max(exponents)
-        shifts = tuple(most - e for e in exponents)
-        if max(shifts) > MAX_SHIFT:
-            raise refuse(node, f"its operands' scales differ by 2^{max(shifts)}", CONVERT)
-        layer = Layer("add", node.name or "", (views[0].tensor, views[1].tensor), "", 0, 1, (0,), input_shifts=shifts)
-        return Pending(layer, sources[0].shape, (most,), orders[0])
-
-    def _concat(self, node: ir.Node) -> Pending:
-        views = [self._view(node, i) for i in range(len(node.inputs))]
-        sources = [self.tensors[v.tensor] for v in views]
-        orders = [self._memory(v) for v in views]
-        sources = [self.tensors[v.tensor] for v in views]  # the input may have got its shape just now
-        axis = int(node.attributes.get_int("axis", 0) or 0) % (orders[0].ndim + 1) - 1
-        if axis < 0 or len({s.hwc[:2] for s in sources}) > 1 or any(any(v.pads) for v in views):
-            raise refuse(node, "it joins something else than channels of equal maps", "channels of maps of one size")
-        channels, start, parts = sum(s.hwc[2] for s in sources), 0, []
-        for source, order in zip(sources, orders, strict=True):
-            own = source.hwc[2]
-            parts.append(order // own * channels + start + order % own)
-            start += own
-        shape = (*sources[0].hwc[:2], channels) if len(sources[0].shape) == 3 else (channels,)
-        layer = Layer("concat", node.name or "", tuple(v.tensor for v in views), "", 0, 1, (0,))
-        return Pending(layer, shape, tuple(s.exponent for s in sources), np.concatenate(parts, axis=axis))
-
-
-_OPS: Mapping[str, Callable[[_Lowering, ir.Node], View | Pending]] = {
-    "QuantizeLinear": _Lowering._quantize,
-    "DequantizeLinear": _Lowering._dequantize,
-    "Conv": _Lowering._conv,
-    "Gemm": _Lowering._dense,
-    "MatMul": _Lowering._dense,
-    "MaxPool": _Lowering._pool,
-    "AveragePool": _Lowering._pool,
-    "GlobalAveragePool": _Lowering._global,
-    "GlobalMaxPool": _Lowering._global,
-    "ReduceMean": _Lowering._mean,
-    "Add": _Lowering._add,
-    "Concat": _Lowering._concat,
-}
 
 
 def _needed(layers: Sequence[Layer], output: str) -> list[Layer]:
