@@ -44,7 +44,7 @@ def quantize(tool: Tool, variant: str, case: Case, out: Path, envs: Path, timeou
     except InstallError as error:
         return {**record, "error": f"not installed: {error}"}
     command = [python, str(SCRIPTS / tool.script), str(case.folder), str(out), variant]
-    done = run(command, timeout_s, out / "tool.log", out, _environment())
+    done = run(command, timeout_s, out / "tool.log", out, environment())
     record |= {
         "error": done.error,
         "seconds": done.seconds,
@@ -76,18 +76,19 @@ def float_tflite(case: Case, envs: Path, timeout_s: float) -> str:
         return ""
     out.mkdir(exist_ok=True)
     command = [python_of("keras", envs), str(SCRIPTS / "tflite_converter.py"), str(case.folder), str(out), "float32"]
-    return run(command, timeout_s, out / "tool.log", out, _environment()).error
+    return run(command, timeout_s, out / "tool.log", out, environment()).error
 
 
-def _environment() -> dict[str, str]:
-    """The same for every tool: one thread for what OpenMP and BLAS run, no GPU, no chatter."""
+def environment() -> dict[str, str]:
+    """The same for every tool: one thread for what OpenMP and BLAS run, no GPU, no chatter, bytecode kept as usual."""
     quiet = {
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
-    return {**os.environ, **quiet}
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, **quiet}
 
 
 def _key(case: Case, samples: int) -> str:

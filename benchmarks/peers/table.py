@@ -90,7 +90,7 @@ def written(work: Path, order: list[str]) -> str:
         records = [by_name[name] for name in order if name in by_name]
         found[folder.name] = [row for record in records for row in rows_of(record, abouts[folder.name]["task"])]
     rows = [row for rows in found.values() for row in rows]
-    head = HEADER.format(date=date.today().isoformat(), machine=_machine(), versions=_versions(rows))
+    head = HEADER.format(date=date.today().isoformat(), machine=machine_words(), versions=_versions(rows))
     return "\n".join(
         [
             head,
@@ -201,7 +201,7 @@ def _versions(rows: list[Row]) -> str:
     return "\n".join(f"- {tool}: {', '.join(f'{k} {v}' for k, v in found.items())}" for tool, found in known.items())
 
 
-def _machine() -> str:
+def machine_words() -> str:
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     model = re.search(r"model name\s*:\s*(.+)", text)
     flags = re.search(r"(?:flags|Features)\s*:\s*(.+)", text)
