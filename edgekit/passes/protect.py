@@ -99,9 +99,10 @@ def protect(
     confirmer = Judge(model, rest.rest(half, step.seed), frozenset(), step.batch_size, most=MOST)
     search = step.search(model, data, progress)
     plan = search.run()
-    score = confirmer.score(apply_plan(model, plan))
+    written = apply_plan(model, plan)
+    score = confirmer.score(written)
     unprotected, _ = _lost(score)
-    if unprotected <= budget and _lost(chooser.score(apply_plan(model, plan)))[0] <= budget:
+    if unprotected <= budget and _lost(chooser.score(written))[0] <= budget:
         return plan, _kept(budget, score, confirmer, unprotected, {})
     order = _order(model, plan, blame(model, plan, data, progress))
     tries: dict[tuple[int, ...], tuple[QuantizationPlan, dict[str, str]]] = {}
