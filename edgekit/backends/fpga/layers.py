@@ -165,9 +165,7 @@ def _global(low: Lowering, node: ir.Node) -> Pending:
     kind: Kind = "maxpool" if node.op_type == "GlobalMaxPool" else "avgpool"
     if any(view.pads):
         raise refuse(node, "it reads a padded value", "pool before padding")
-    return _pooled(
-        low, Layer(kind, node.name or "", (source.name,), "", 0, 1, (0,), kernel=source.hwc[:2]), source, rank
-    )
+    return _pooled(Layer(kind, node.name or "", (source.name,), "", 0, 1, (0,), kernel=source.hwc[:2]), source, rank)
 
 
 def _mean(low: Lowering, node: ir.Node) -> Pending:
