@@ -186,6 +186,36 @@ def test_what_cannot_be_taken_is_refused(what: str, told: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("exponent", "shift"), [(4, None), (3, 1), (6, -2)])
+def test_the_same_grid_twice_is_no_layer_and_another_is(exponent: int, shift: int | None) -> None:
+    g = QdqGraph((2, 2))
+    x = g.op("Flatten", [g.rounded("x", 4)])
+    net = lower(g.model(g.rounded(x, exponent), (4,)))
+    assert [layer.shift for layer in net.layers] == ([] if shift is None else [(shift,)])
+    assert net.tensors[net.output].exponent == exponent
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 7, 8, 9, 49, 121])
+def test_averages_are_nearest_but_for_near_ties(count: int) -> None:
+    g = QdqGraph((1, 1, count))
+    y = g.rounded(g.op("GlobalAveragePool", [g.rounded("x", 0)]), 0)
+    net = lower(g.model(g.op("Flatten", [y]), (1,)))
+    x = np.random.default_rng(count).integers(-128, 128, (400, 1, 1, count)).astype(np.float32)
+    x[0], x[1] = -128, 127
+    got = interpreter.outputs(net, net.quantized(x)).ravel()
+    # 1/count in 16 bits is off by at most 2^-17, and sums reach 128 · count
+    assert np.abs(got - x.mean(axis=(1, 2, 3), dtype=np.float64)).max() <= 0.5 + 128 * count * 2.0**-17
+
+
+@pytest.mark.parametrize(("exponent", "high"), [(-2, 2), (-3, 1), (3, 48), (4, 96), (5, 127)])
+def test_six_is_rounded_half_up(exponent: int, high: int) -> None:
+    g = QdqGraph((4,))
+    ends = [g.constant(f"end_{v}", np.float32(v)) for v in (0, 6)]
+    y = g.layer("Gemm", g.rounded("x", 3), 3, np.eye(4, dtype=np.int8), 3, 1, bias=False)
+    net = lower(g.model(g.rounded(g.op("Clip", [y, *ends]), exponent), (4,)))
+    assert (net.layers[0].low, net.layers[0].high) == (0, high)
+
+
 def test_uint8_around_128_is_int8() -> None:
     g = QdqGraph((4,))
     x = g.rounded("x", 3, np.uint8, 128)
