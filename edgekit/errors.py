@@ -223,3 +223,16 @@ class SignatureError(EdgekitError):
     """A bundle that is not signed by somebody who is trusted, or a key that cannot sign."""
 
     exit_code = 79
+
+
+# --- FPGA --------------------------------------------------------------------------------------------
+class ToolError(EdgekitError):
+    """A synthesis, place-and-route or simulation tool that failed or ran past its time limit; names its log."""
+
+    exit_code = 80
+
+
+class FitError(EdgekitError):
+    """A design that needs more of an FPGA part than the part has; says how much of what."""
+
+    exit_code = 81

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from edgekit.errors import TargetFileError, UnknownTargetError
+from edgekit.part import Part, read_part
 
 TARGET_SCHEMA = 1  # 1: first
 Arch = Literal["aarch64", "armv7l", "x86_64"]
@@ -91,7 +92,7 @@ class Target:
     threads: thread counts to measure with; "all" is every physical core that the process may use.
     channel_multiple: numbers of channels that its kernels like, for pruning (benchmarks/pruning/channel_multiples.py).
     weight_bits: 7 where u8×s8 kernels saturate, 8 elsewhere; "auto" asks each backend's measured probe on this machine.
-    device: what it is taken to; None: the machine that converts, or one like it.
+    device: what it is taken to; None: the machine that converts, or one like it. part: the FPGA, where it is one.
     """
 
     name: str
@@ -101,10 +102,11 @@ class Target:
     weight_bits: Literal["auto", 7, 8] = "auto"
     channel_multiple: int = 8
     device: DeviceSpec | None = None
+    part: Part | None = None
     path: Path | None = field(default=None, compare=False)
 
 
-_KEYS = {"schema", "name", "description", "threads", "weight_bits", "channel_multiple", "candidates", "device"}
+_KEYS = {"schema", "name", "description", "threads", "weight_bits", "channel_multiple", "candidates", "device", "part"}
 _DEVICE_KEYS = {"arch", "memory", "cores", "models", "runtimes", "system_packages"}
 _CANDIDATE_KEYS = {"backend", "precision", "on_request", "for_models"}
 
@@ -179,6 +181,7 @@ def read_target(path: Path) -> Target:
         weight_bits=_one_of(path, "weight_bits", data.get("weight_bits", "auto"), ("auto", 7, 8)),
         channel_multiple=_one_of(path, "channel_multiple", data.get("channel_multiple", 8), (1, 2, 4, 8, 16, 32)),
         device=_device(path, data["device"]) if "device" in data else None,
+        part=read_part(path, data["part"]) if "part" in data else None,
         path=path,
     )
 

@@ -1,0 +1,1 @@
+"""The unrolled architecture: a small dense network as a pipeline of adders, one inference per clock."""
