@@ -148,7 +148,7 @@ def broken(what: str) -> Any:
     elif what == "broadcast":
         y = g.op("Add", [x, g.rounded(g.op("GlobalAveragePool", [x]), 4)])
     elif what == "shift":
-        y = g.layer("Conv", x, 4, weights, 60, 0, bias=False)
+        y = g.layer("Conv", x, 4, weights, -60, 0, bias=False)
     else:
         y = g.layer("Conv", x, 4, weights, 6, 0)
     if what == "no power of two":
@@ -171,7 +171,7 @@ def broken(what: str) -> Any:
         ("channel axis", "along another axis"),
         ("average border", "over fewer positions"),
         ("broadcast", "not of one shape"),
-        ("shift", "shifts sums by 61 bits"),
+        ("shift", "shifts sums by -59 bits"),
         ("no power of two", "0.3.* is no power of two"),
         ("float output", "is not quantized"),
         ("upper layout", "another order"),
@@ -214,6 +214,20 @@ def test_six_is_rounded_half_up(exponent: int, high: int) -> None:
     y = g.layer("Gemm", g.rounded("x", 3), 3, np.eye(4, dtype=np.int8), 3, 1, bias=False)
     net = lower(g.model(g.rounded(g.op("Clip", [y, *ends]), exponent), (4,)))
     assert (net.layers[0].low, net.layers[0].high) == (0, high)
+
+
+def test_channels_that_are_shifted_away_are_zero() -> None:
+    g = QdqGraph((4,))
+    weights = np.random.default_rng(0).integers(-128, 128, (3, 4)).astype(np.int8)
+    y = g.layer("Gemm", g.rounded("x", 4), 4, weights, np.array([6, 40, 6]), 0, transB=1)
+    model = g.model(g.rounded(y, 2), (3,))
+    net = lower(model)
+    x = samples(3, (4,), 8)
+    (wanted,) = integers_of(model, [g.quantizers[y]], x).values()
+    got = interpreter.outputs(net, net.quantized(x))
+    assert np.abs(got - wanted.astype(int)).max() <= 1
+    assert not got[:, 1].any()
+    assert net.layers[0].shift == (8, 31, 8)
 
 
 def test_uint8_around_128_is_int8() -> None:

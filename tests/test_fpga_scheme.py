@@ -15,15 +15,21 @@ from edgekit import model as M
 from edgekit import quantizing
 from edgekit.backends.fpga import interpreter
 from edgekit.backends.fpga.lower import lower
+from edgekit.dataset import open_dataset
 from edgekit.errors import ArtifactError, UnsupportedOpError, UsageError
 from edgekit.passes import plan_file
+from edgekit.passes.fold import Fold
 from edgekit.passes.grids import LiteRT, PowerOfTwo, finest, power_of_two, weight_scales
 from edgekit.passes.plan import QuantizationPlan, integer_range
 from edgekit.passes.quantize import QuantizeInt8, apply_plan
 from edgekit.report.progress import silent
+from edgekit.sources import load
 from tests.quantize_graphs import Samples, evaluate, graph, normal, sqnr_db, types
 
 Array = np.ndarray[Any, Any]
+
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "digits"
 
 
 def net(classes: int = 6) -> Any:
@@ -193,6 +199,25 @@ def test_blame_and_notes_of_a_plan() -> None:
     assert chosen.describe()[0].startswith("12 nodes in fixed")
 
 
+@pytest.mark.parametrize(("bits", "least"), [(8, 0.015), (4, 0.04)])
+def test_digits_keep_their_accuracy(bits: Any, least: float) -> None:
+    """The trained example, depthwise convolutions too, on its test images; ranges searched and biases corrected."""
+    model = Fold()(load(EXAMPLE / "digits_cnn.onnx").model, None)
+    data = [open_dataset(EXAMPLE / f"digits_{part}.npz").bind(M.signature(model)) for part in ("calib", "test")]
+    step = QuantizeInt8(scheme="fpga", weight_bits=bits, activation_bits=8, rounding="nearest", **QUICK)  # type: ignore[arg-type]
+    found = lower(apply_plan(model, step.plan(model, data[0].take(128))))
+    right = {"float": 0, "fixed": 0}
+    session = M.FloatSession(model)
+    for batch in data[1].batches(64):
+        (name,) = batch.inputs
+        scores = next(iter(session.run(batch.inputs).values()))
+        logits = interpreter.outputs(found, found.quantized(batch.inputs[name]))
+        right["float"] += int((scores.argmax(axis=1) == batch.labels).sum())
+        right["fixed"] += int((logits.argmax(axis=1) == batch.labels).sum())
+    assert right["float"] > 0.97 * data[1].samples
+    assert right["fixed"] >= right["float"] - least * data[1].samples
+
+
 def test_the_search_beats_the_range_that_holds_everything() -> None:
     """Inputs with a rare outlier: the finer grid that clips it leaves less error, and the outputs show it."""
     model = graph(
@@ -238,6 +263,16 @@ def test_weight_scales_leave_the_least_error(seed: int, bits: int, per_channel: 
     for scale, rows in parts:
         needed = finest(max(rows.max() / (high + 0.5), rows.min() / (low - 0.5)))
         assert error(float(scale), rows) == min(error(2.0 ** (needed - k), rows) for k in range(4))
+
+
+def test_a_layer_without_weights_keeps_its_bias() -> None:
+    dead = {"w": np.zeros((4, 2), np.float32), "b": np.array([0.3, -0.7], np.float32)}
+    nodes = [helper.make_node("Gemm", ["x", "w", "b"], ["y"], name="only")]
+    model = graph(nodes, {"x": ["n", 4]}, {"y": ["n", 2]}, dead)
+    chosen = QuantizeInt8(scheme="fpga", **QUICK).plan(model, Samples({"x": normal(16, 4)}))  # type: ignore[arg-type]
+    found = lower(apply_plan(model, chosen))
+    got = found.real(interpreter.outputs(found, found.quantized(normal(2, 4))))
+    np.testing.assert_allclose(got, [dead["b"]] * 2, atol=2.0**-7)
 
 
 def test_grids_of_both_schemes() -> None:

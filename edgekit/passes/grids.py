@@ -116,7 +116,7 @@ def weight_scales(weight: Array, axis: int, bits: int, least: Array | float, *, 
         rows = rows.reshape(1, -1)
     lowest, highest = integer_range(bits)
     needed = np.maximum(rows.max(axis=1, initial=0) / (highest + 0.5), rows.min(axis=1, initial=0) / (lowest - 0.5))
-    largest = finest(float(needed.max())) if needed.any() else 0
+    largest = finest(float(needed.max())) if needed.any() else -SPREAD  # without weights it only adds its bias
     exponents = np.array([max(finest(float(n)) if n > 0 else largest, largest - SPREAD) for n in needed])
     tried = np.ldexp(1.0, exponents - np.arange(FINER + 1)[:, None])[:, :, None]
     error = np.square(np.clip(np.rint(rows / tried), lowest, highest) * tried - rows).sum(axis=2)

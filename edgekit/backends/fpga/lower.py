@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from edgekit import model as M
 from edgekit.backends.fpga.grid import CONVERT, bits_of, grid, nearest, refuse
+from edgekit.backends.fpga.kernels import muted
 from edgekit.backends.fpga.layers import OPS
 from edgekit.backends.fpga.net import MAX_SHIFT, IntegerNet, Layer, Layout, Tensor, limits
 from edgekit.backends.fpga.views import MOVES, Pending, View, is_map, moved
@@ -169,11 +170,12 @@ class Lowering:
         if self._unchanged(before, exponent, low, high):
             return View(before.layer.inputs[0], before.order, before.pads)
         shift = tuple(e - exponent for e in before.exponents)
+        done, shift = muted(before.layer, shift) if max(shift) > MAX_SHIFT else (before.layer, shift)
         if any(abs(s) > MAX_SHIFT for s in shift):
             far = max(shift, key=abs)
             raise refuse(node, f"it shifts sums by {far} bits, {MAX_SHIFT} at most can be", "rescale the weights")
         name = self._free(name)
-        layer = replace(before.layer, output=name, low=low, high=high, shift=shift)
+        layer = replace(done, output=name, low=low, high=high, shift=shift)
         if len(set(shift)) == 1 and layer.kind != "concat":
             layer = replace(layer, shift=shift[:1], weight_exponents=layer.weight_exponents[:1])
         self.tensors[name] = Tensor(name, before.shape, bits, exponent)
