@@ -214,6 +214,13 @@ def test_an_addition_whose_shift_is_wider_than_a_weight(tmp_path: Path) -> None:
     check(compiled(net, Config(4, 4)), tmp_path, "icarus")
 
 
+@ICARUS
+def test_sums_narrower_than_the_widest_map(tmp_path: Path) -> None:
+    tensors = {"x": Tensor("x", (2, 3, 5), 3, 0), "y": Tensor("y", (2, 3, 5), 8, 0)}
+    layer = Layer("maxpool", "pool", ("x",), "y", -128, 127, (0,))
+    check(compiled(IntegerNet(tensors["x"], tensors, (layer,), "y"), Config(4, 4)), tmp_path, "icarus")
+
+
 # --- the model of cycles and memories --------------------------------------------------------------------------
 def test_dense_layers_use_their_lanes() -> None:
     program = compiled(mlp(784, 256, 128, 10), Config(16, 4))

@@ -214,12 +214,13 @@ def _widths(
     averages = [layer for layer in net.layers if layer.multiplier != 1]
     multiplier = max((layer.multiplier.bit_length() for layer in averages), default=0)
     multiplicand = max((_signed(*_sum_range(net, layer)) for layer in averages), default=1)
-    # what is multiplied is no longer than multiplicand and multiplier together
-    wide = max(accumulator, multiplicand + multiplier if averages else 0) + left + 1
+    activation = max(tensor.bits for tensor in net.tensors.values())
+    # what is multiplied is no longer than multiplicand and multiplier together; a result is cut out of a shifted sum
+    wide = max(accumulator, activation, multiplicand + multiplier if averages else 0) + left + 1
     spans = [s.rows + s.columns for s in steps if s.padded]
     kernels = [max(layer.kernel) + max(layer.strides) + max(layer.pads) for layer in net.layers]
     return Widths(
-        activation=max(tensor.bits for tensor in net.tensors.values()),
+        activation=activation,
         weight=weight_bits,
         accumulator=accumulator,
         bias=max(2, _signed(int(biases.min()), int(biases.max()))),
