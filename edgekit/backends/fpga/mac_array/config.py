@@ -46,11 +46,6 @@ class Config:
         return self.banks * self.q
 
     @property
-    def slices(self) -> int:
-        """Taps of a step by channel whose weights fit into one word of weights."""
-        return self.lanes // self.row
-
-    @property
     def levels(self) -> int:
         """Levels of the tree that adds q products."""
         return self.q.bit_length() - 1

@@ -238,7 +238,7 @@ def _widths(
         weight_address=bits_for(weight_words),
         bias_address=bits_for(len(biases)),
         step_number=(len(steps) + 1).bit_length(),
-        slice=bits_for(config.slices),
+        slice=bits_for(config.q),
     )
 
 

@@ -211,13 +211,10 @@ def _by_channel(net: IntegerNet, layer: Layer, config: Config, places: Places) -
 
 
 def _slice_words(slices: Array, config: Config) -> Array:
-    """(taps, row) -> (words, p, q): several taps share a word, the first in its lowest bits."""
-    filled = np.zeros((-(-len(slices) // config.slices), config.lanes), np.int64)
-    used = config.slices * config.row
-    padded = np.zeros((len(filled) * config.slices, config.row), np.int64)
-    padded[: len(slices)] = slices
-    filled[:, :used] = padded.reshape(len(filled), used)
-    return filled.reshape(-1, config.p, config.q)
+    """(taps, row) -> (words, p, q): q taps share a word, in the q lanes of the output of their channel."""
+    filled = np.zeros((-(-len(slices) // config.q) * config.q, config.p), np.int64)
+    filled[: len(slices), : config.row] = slices
+    return np.ascontiguousarray(filled.reshape(-1, config.q, config.p).transpose(0, 2, 1))
 
 
 def _unit(shift: int, config: Config) -> dict[str, Any]:

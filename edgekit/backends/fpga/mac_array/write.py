@@ -120,7 +120,6 @@ def _top(program: Program) -> str:
         },
         "SELECT": config.banks.bit_length() - 1,
         "BANKS": config.banks,
-        "SLICES": config.slices,
         "BANK_WORDS": program.bank_words,
         "PROGRAM_ADDRESS": program_address,
         "STEP_WORDS": program.step_words,

@@ -6,7 +6,6 @@ module mac_array_engine #(
     parameter LEVELS = 2,
     parameter SELECT = 2,           // log2 of the banks of feature maps
     parameter BANKS = 4,
-    parameter SLICES = 4,           // taps of a step by channel that share a weight word
     parameter ACTIVATION = 8,
     parameter WEIGHT = 8,
     parameter SLICE = 4,
@@ -113,7 +112,7 @@ module mac_array_engine #(
 
     mac_array_sequencer #(
         .COUNT(COUNT), .IDLE(IDLE), .FEATURE_ADDRESS(FEATURE_ADDRESS), .WEIGHT_ADDRESS(WEIGHT_ADDRESS),
-        .SLICES(SLICES), .SLICE(SLICE), .COORDINATE(COORDINATE)
+        .SLICES(Q), .SLICE(SLICE), .COORDINATE(COORDINATE)
     ) sequencer (
         .clk(clk), .reset(reset), .start(start), .walk(!sends), .advance(send),
         .loop_last(loop_last), .feature_increment(feature_increment),

@@ -1,6 +1,6 @@
 // P outputs x Q inputs multiply-accumulate lanes: each cycle P dot products of Q words, each added to its accumulator.
 // In a step by channel (depthwise, add, pools) output p takes channel p of a row of BANKS words alone, and one slice of
-// the weight word, which holds one weight for each of these channels.
+// the weight word: the weights of an output's Q lanes are those of Q taps of its channel.
 // The results of a group leave Q at a time while the next group accumulates.
 module mac_array_lanes #(
     parameter P = 16,
@@ -91,7 +91,6 @@ module mac_array_lanes #(
         row_2 <= !outside_at[1] ? row_1 : (MAXIMUM && maximum) ? {ROW{LOWEST}} : {(ROW*ACTIVATION){1'b0}};
         w_1 <= weights;
         w_2 <= w_1;
-        slice_w_2 <= w_1[slice_2*(ROW*WEIGHT) +: ROW*WEIGHT];
     end
     generate
         for (p = 0; p < P; p = p + 1) begin : weights_of
@@ -105,7 +104,9 @@ module mac_array_lanes #(
                 end
             end
         end
-        for (p = 0; p < ROW; p = p + 1) begin : own_x
+        for (p = 0; p < ROW; p = p + 1) begin : own
+            wire [Q*WEIGHT-1:0] taps = w_1[p*Q*WEIGHT +: Q*WEIGHT];
+            always @(posedge clk) slice_w_2[p*WEIGHT +: WEIGHT] <= taps[slice_2*WEIGHT +: WEIGHT];
             always @(posedge clk)
                 own_x_3[p*ACTIVATION +: ACTIVATION] <= by_channel ? row_2[p*ACTIVATION +: ACTIVATION]
                     : x_2[(p % Q)*ACTIVATION +: ACTIVATION];

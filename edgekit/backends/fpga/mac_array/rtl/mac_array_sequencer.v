@@ -7,7 +7,7 @@ module mac_array_sequencer #(
     parameter IDLE = 4,
     parameter FEATURE_ADDRESS = 10,
     parameter WEIGHT_ADDRESS = 10,
-    parameter SLICES = 16,
+    parameter SLICES = 4,  // taps of a step by channel that share a weight word
     parameter SLICE = 4,
     parameter COORDINATE = 8
 ) (
