@@ -56,7 +56,7 @@ module edgekit_bytes #(
         if (reset) remaining <= 0;
     end
 
-    `DESIGN design (
+    `DESIGN core (
         .clk(clk), .reset(reset),
         .in_valid(word_valid), .in_ready(word_ready), .in_data(word[WORD-1:0]), .in_last(word_last),
         .out_valid(result_valid), .out_ready(result_ready), .out_data(result), .out_last(result_last)
