@@ -342,6 +342,18 @@ def test_an_inference_that_ends_early_is_noticed(tmp_path: Path) -> None:
         simulate.simulate(tmp_path, np.zeros((3, 16), np.int8), "icarus", cache=tmp_path / "cache")
 
 
+@pytest.mark.parametrize("tool", TOOLS[:2])
+def test_a_word_that_does_not_wait_is_noticed(tool: simulate.Tool, tmp_path: Path) -> None:
+    program = compiled(mlp(8, 16), Config(4, 4))
+    write(program, tmp_path)
+    engine = tmp_path / "mac_array_engine.v"
+    waits = "send_room = !out_valid || out_ready;"
+    assert waits in engine.read_text()
+    engine.write_text(engine.read_text().replace(waits, "send_room = 1'b1;"))
+    with pytest.raises(WorkerError, match="changed while it waited"):
+        simulate.simulate(tmp_path, integers(program.net, 5, 0), tool, stalls=3, cache=tmp_path / "cache")
+
+
 @ICARUS
 def test_simulators_that_disagree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = compiled(mlp(8, 4), Config(4, 4))

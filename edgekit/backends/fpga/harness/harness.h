@@ -37,6 +37,8 @@ template <class Design> int run(Design &design, int argc, char **argv) {
     std::vector<uint64_t> spent(steps, 0), began(inferences, 0);
     uint64_t sent = 0, received = 0, cycle = 0, quiet = 0;
     bool in_valid = false, out_ready = false, in_reset = true;
+    bool waited = false, waited_last = false;  // an output word was there and not taken
+    std::vector<uint32_t> waiting(CHUNKS);
     unsigned held = 0;
     design.clock(false);
     design.reset(true);
@@ -71,6 +73,16 @@ template <class Design> int run(Design &design, int argc, char **argv) {
             }
             received++;
         }
+        if (waited) {
+            design.get_out(word.data());
+            if (!design.out_valid() || word != waiting || design.out_last() != waited_last) {
+                std::fprintf(timing, "error: output word %llu changed while it waited\n", (unsigned long long)received);
+                break;
+            }
+        }
+        waited = !in_reset && design.out_valid() && !out_ready;
+        waited_last = design.out_last();
+        design.get_out(waiting.data());
         if (!in_reset && design.misaligned()) {
             std::fprintf(timing, "error: the design expects the last word of an inference elsewhere than after %u\n", IN_WORDS);
             break;

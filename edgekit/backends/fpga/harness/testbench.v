@@ -49,6 +49,9 @@ module testbench;
     reg [31:0] dice = SEED;
     reg [31:0] mixed;
     reg accepted, taken;
+    reg waited = 0;  // an output word was there and not taken
+    reg waited_last;
+    reg [WORD-1:0] waiting;
 
     initial begin
         $readmemh("input.hex", words);
@@ -84,6 +87,13 @@ module testbench;
         end
         quiet = (accepted || taken) ? 0 : quiet + 1;
         if (received == OUT_WORDS*INFERENCES) $finish;
+        if (waited && (out_valid !== 1'b1 || out_data !== waiting || out_last !== waited_last)) begin
+            $fdisplay(timing, "error: output word %0d changed while it waited", received);
+            $finish;
+        end
+        waited = !reset && out_valid && !out_ready;
+        waited_last = out_last;
+        waiting = out_data;
         if (!reset && misaligned) begin
             $fdisplay(timing, "error: the design expects the last word of an inference elsewhere than after %0d", IN_WORDS);
             $finish;
