@@ -10,11 +10,12 @@ import contextlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import numpy as np
 
-from edgekit.backends.fpga.net import IntegerNet, Layer
+from edgekit.backends.fpga.net import IntegerNet, Layer, half
 from edgekit.errors import MissingExtraError, UnsupportedOpError
 
 Array = np.ndarray[Any, Any]
@@ -71,7 +72,7 @@ def unroll(net: IntegerNet, adders_a_stage: int = ADDERS_A_STAGE) -> Unrolled:
     # its solver prints
     with contextlib.redirect_stdout(io.StringIO()):
         for layer in net.layers:
-            values = _dense(values, layer)
+            values = _dense(values, layer, adders_a_stage)
         whole = trace.comb_trace(inputs, values)
         pipeline = trace.to_pipeline(whole, adders_a_stage, verbose=False)
     return Unrolled(net, whole, tuple(pipeline.solutions), float(whole.cost))
@@ -85,28 +86,31 @@ def _da4ml() -> Any:
     return trace
 
 
-def _dense(values: Any, layer: Layer) -> Any:
-    """Integers of a layer's output: floor(sum · 2^-shift + 1/2), saturated."""
+def _dense(values: Any, layer: Layer, adders_a_stage: int) -> Any:
+    """Integers of a layer's output: (sum + rounding offset) · 2^-shift without its fraction, saturated."""
     assert layer.weights is not None
     assert layer.bias is not None
-    outputs = len(layer.weights)
-    shift = np.broadcast_to(np.array(layer.shift, np.float64), outputs)
-    # float32 inside da4ml: weights of 8 bits are exact
-    sums = values @ layer.weights.T.astype(np.float64) + layer.bias.astype(np.float64)
-    scaled = sums * (2.0**-shift)
-    return type(values)(
-        np.array([_requantized(v, layer.low, layer.high) for v in np.ravel(scaled._vars)]),
-        values.solver_options,
-        hwconf=values.hwconf,
-    )
+    # the solver works in float32: weights of 8 bits are exact
+    sums = np.ravel((values @ layer.weights.T.astype(np.float64))._vars)
+    shifts = np.broadcast_to(np.array(layer.shift), len(sums))
+    made = [
+        _requantized(total, int(bias), int(shift), layer, adders_a_stage)
+        for total, bias, shift in zip(sums, layer.bias, shifts, strict=True)
+    ]
+    return type(values)(np.array(made), values.solver_options, hwconf=values.hwconf)
 
 
-def _requantized(value: Any, low: int, high: int) -> Any:
-    rounded = value + 0.5
-    signed, whole_bits, _ = rounded.kif
-    whole = rounded.quantize(signed, max(0, whole_bits), 0, "WRAP", "TRN")
-    limited = whole.max_of(low) if float(whole.low) < low else whole
-    return limited.min_of(high) if float(limited.high) > high else limited
+def _requantized(total: Any, bias: int, shift: int, layer: Layer, adders_a_stage: int) -> Any:
+    offset = bias + half(shift)
+    moved = total + offset if offset else total
+    if moved is not total and moved.opr == "cadd":
+        # da4ml takes the addition of a constant for free: it would share a stage with as many adders as any other has
+        moved.latency = ceil(total.latency / adders_a_stage) * adders_a_stage + 1
+    scaled = moved * 2.0**-shift
+    signed, whole_bits, _ = scaled.kif
+    whole = scaled.quantize(signed, max(0, whole_bits), 0, "WRAP", "TRN")
+    limited = whole.max_of(layer.low) if float(whole.low) < layer.low else whole
+    return limited.min_of(layer.high) if float(limited.high) > layer.high else limited
 
 
 def width(interval: Sequence[float]) -> int:
