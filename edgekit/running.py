@@ -263,9 +263,7 @@ def _local(runner: Path, folder: Path, model: Model, threads: int) -> Worker:
 
 def _deployed(host: Host, build: Path, name: str | None) -> _Found:
     """What is in use on a device, in a worker there."""
-    from edgekit.bench.entry import Entry
-    from edgekit.deploy.remote import DeviceHost
-    from edgekit.model import Signature
+    from edgekit.deploy.remote import worker_there
 
     slot = name or _name_of(build)
     reply = host.call({"cmd": "probe"})
@@ -279,20 +277,17 @@ def _deployed(host: Host, build: Path, name: str | None) -> _Found:
     with _told():
         model, told = program.shipped(manifest, ())
     model.pixels = _fetched(host, f"{folder}/{told['folder']}/{artifact.MANIFEST}").get("pixels", ())
-    entry = Entry(
-        target=manifest["target"],
-        backend=told["backend"],
-        precision=told["precision"],
-        variant=told["variant"],
-        path=Path(folder),
-        runner=Path(told["runner"]),
-        sha256=told["sha256"],
-        size_bytes=0,
-        signature=Signature.from_json(manifest),
-    )
-    device = DeviceHost(host, reply["facts"], folder, there["environment"], manifest["candidates"])
     threads = int(manifest.get("threads") or 1)
-    return _Found(model, device.worker(entry, threads, model.batch), f"deployed on {host.name} as '{slot}'")
+    worker = worker_there(
+        host,
+        folder,
+        f"{there['environment']}/bin/python",
+        told,
+        f"{manifest['ship']} on {host.name}",
+        threads,
+        model.batch,
+    )
+    return _Found(model, worker, f"deployed on {host.name} as '{slot}'")
 
 
 def _name_of(build: Path) -> str:

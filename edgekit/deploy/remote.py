@@ -115,20 +115,38 @@ class DeviceHost:
         return Golden({key[3:]: value for key, value in arrays.items() if key.startswith("in.")}, difference)
 
     def worker(self, entry: Entry, threads: int, batch: int, profile: bool = False) -> Worker:
-        found = self._candidates[entry.id]
-        command = [self._python, f"{self._folder}/worker.py", "--runner", f"{self._folder}/{found['runner']}"]
-        command += ["--folder", f"{self._folder}/{found['folder']}", "--threads", str(threads), "--batch", str(batch)]
-        remote = _shell(["env", *(f"{v}={threads}" for v in THREAD_VARIABLES), *command, *(["--profile"] * profile)])
         label = f"{entry.target}/{entry.id} on {self.name}"
-        return Worker(self._host.command(remote), label, ended=self._ended)
+        found = self._candidates[entry.id]
+        return worker_there(self._host, self._folder, self._python, found, label, threads, batch, profile)
 
-    def _ended(self, status: int | None, said: str) -> str | None:
+
+def worker_there(
+    host: Host,
+    folder: str,
+    python: str,
+    candidate: Mapping[str, Any],
+    label: str,
+    threads: int,
+    batch: int,
+    profile: bool = False,
+) -> Worker:
+    """A worker, not started yet, for a candidate (as a bundle's manifest has it) of the bundle installed in `folder`.
+
+    python: of the bundle's environment, there. label: what errors call it. batch: 0 keeps the model's own.
+    """
+    command = [python, f"{folder}/worker.py", "--runner", f"{folder}/{candidate['runner']}"]
+    command += ["--folder", f"{folder}/{candidate['folder']}", "--threads", str(threads), "--batch", str(batch)]
+    remote = _shell(["env", *(f"{v}={threads}" for v in THREAD_VARIABLES), *command, *(["--profile"] * profile)])
+
+    def ended(status: int | None, said: str) -> str | None:
         """A broken connection shows in the status of ssh, a worker that a signal ended in what the shell there adds."""
         if status == _SSH_FAILED:
-            return f"the connection to {self.name} was lost" + (f" ({said})" if said else "")
+            return f"the connection to {host.name} was lost" + (f" ({said})" if said else "")
         if status is not None and status > _BY_SIGNAL:
             return f"the worker died with signal {status - _BY_SIGNAL}" + (f": {said}" if said else "")
         return None
+
+    return Worker(host.command(remote), label, ended=ended)
 
 
 def _shell(words: Sequence[str]) -> str:
