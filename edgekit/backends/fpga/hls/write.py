@@ -54,8 +54,8 @@ def simulate(
 ) -> Array:
     """C simulation: integers (n, *input shape) -> int8 (n, *output shape). Leaves its log and its files in `folder`.
 
-    ap_types: folder of ap_int.h (in Vitis HLS, include/; in da4ml, codegen/hls/source/ap_types/include): integers of exactly the
-    declared bits, as they are synthesized; without, plain ones.
+    ap_types: folder of ap_int.h (in Vitis HLS, include/; in da4ml, codegen/hls/source/ap_types/include): integers of
+    exactly the declared bits, as they are synthesized; without, plain ones.
     Raises MissingExtraError without a C++ compiler, ToolError for a compiler or a simulation that fails.
     """
     if tuple(x.shape[1:]) != net.input.shape or not np.issubdtype(x.dtype, np.integer):
