@@ -42,7 +42,7 @@ _SYNTHESIS: Mapping[str, str] = {
 }
 # What nextpnr says when something is not on the part or finds no place.
 _NO_ROOM = re.compile(
-    r"(unable to (?:find legal placement|place)|no (?:more )?(?:BELs|bels) (?:remaining|left)|"
+    r"(unable to (?:find (?:a |legal )?placement|place)|no (?:more )?(?:BELs|bels) (?:remaining|left)|"
     r"exceed.* available|not enough)",
     re.IGNORECASE,
 )
