@@ -143,6 +143,18 @@ def test_absent_figures_are_dashes_with_their_reason(document: dict[str, Any]) -
         assert "openvino-int8: the worker died in 'load' with signal 11" in text
 
 
+def test_without_any_time_a_candidate_is_one_line(document: dict[str, Any]) -> None:
+    none = {**row()["latency_s"], "p50": None}
+    timeless = [make(latency_s=none, threads=n) for make in (row, int8) for n in (1, 4)]
+    lines = summary.lines({**document, "artifacts": timeless}, "cpu")
+    assert [(line.candidate, line.threads) for line in lines] == [
+        ("onnxruntime-float32", summary.NONE),
+        ("onnxruntime-int8", summary.NONE),
+    ]
+    timed = [*timeless[:3], int8(threads=4)]
+    assert len(summary.lines({**document, "artifacts": timed}, "cpu")) == 4
+
+
 def test_a_reason_shared_by_several_is_told_once_and_unshown_percentiles_not_at_all(document: dict[str, Any]) -> None:
     document["artifacts"][0]["notes"] = document["artifacts"][1]["notes"] = ["two modes"]
     assert summary.remarks(document, "cpu") == ["onnxruntime-float32, onnxruntime-int8: two modes"]

@@ -117,7 +117,11 @@ def headings(document: Document, target: str) -> dict[str, str]:
 
 
 def lines(document: Document, target: str) -> list[Line]:
-    """The table of one target, in the document's order; every host is judged by its own float32."""
+    """The table of one target, in the document's order; every host is judged by its own float32.
+
+    Where a host gave no times (an emulated one, one of another processor), a candidate is one line, not one for each
+    number of threads.
+    """
     rows = [a for a in document["artifacts"] if a["target"] == target]
     column, _, factor, digits = _quality_figure(rows)
     out = []
@@ -125,8 +129,16 @@ def lines(document: Document, target: str) -> list[Line]:
         own = [r for r in rows if r.get("host") == host]
         reference: Mapping[str, Any] = next((r for r in own if is_baseline(r) and not r.get("label")), {})
         chosen = (document.get("verdict") or {}).get(key(target, host)) or {}
-        out += [_line(row, reference, column, factor, digits, chosen) for row in own]
+        out += [_line(row, reference, column, factor, digits, chosen) for row in _told_apart(own)]
     return out
+
+
+def _told_apart(rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """All rows, or the first of each candidate where none has a time."""
+    if any((row.get("latency_s") or {}).get("p50") is not None for row in rows):
+        return rows
+    first = {candidate(row): row for row in reversed(rows)}
+    return [{**row, "threads": None} for row in rows if first[candidate(row)] is row]
 
 
 def _quality_figure(rows: list[Mapping[str, Any]]) -> tuple[str, str, int, int]:
