@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from edgekit import artifact
 from edgekit.bench import several
+from edgekit.bench.machine import architecture
 from edgekit.choosing import ELSEWHERE, choose, target_of
 from edgekit.deploy import bundle as bundles
 from edgekit.deploy import device as devices
@@ -25,7 +25,6 @@ from edgekit.target import Target, load_target
 DEPLOY_SCHEMA = 1  # 1: first
 KEEP = 2  # versions before the one in use that stay on a device
 DEVICE_PYTHON, DEVICE_GLIBC = "3.11", "2.36"  # of a device that nobody looked at: Debian 12, Raspberry Pi OS of 2023
-_MACHINES = {"AMD64": "x86_64", "arm64": "aarch64"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,25 @@ class Cargo:
     """host, or None -> (candidate id, why this one)."""
     make: Callable[[str, DeviceFacts], Bundle]
     """(candidate id, device) -> the bundle."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a bundle shall be: see `deploy`."""
+
+    candidate: str | None
+    name: str | None
+    online: bool
+    service: bool
+    data: str | None
+    sign: Path | None
+    verify: Path | None
+
+    def checked(self, made: Bundle) -> Bundle:
+        """With the signature that was asked for, after the one that it had to have."""
+        if self.verify is not None:
+            made.verify(self.verify)
+        return made if self.sign is None else made.signed(self.sign)
 
 
 def command(
@@ -118,12 +136,8 @@ def deploy(
     """
     if not where.hosts:
         raise UsageError("no device is named", "give --host user@name")
-    cargo = _cargo(
-        Path(build), target, candidate, name, targets_dir,
-        lambda root, goal, chosen, device: bundles.make(
-            root, goal, (chosen,), device, online=online, service=service, data=data, name=name, progress=progress
-        ),
-    )  # fmt: skip
+    asked = Asked(candidate, name, online, service, data, sign, verify)
+    cargo = _cargo(Path(build), target, targets_dir, asked, progress)
 
     def one(host: Host, tell: Progress) -> dict[str, Any]:
         device = devices.probe(host, cargo.name, bundles.PACKAGES)
@@ -131,10 +145,6 @@ def deploy(
         devices.check(device, ignore_clock=ignore_clock)
         chosen, why = cargo.candidate(host.name)
         made = cargo.make(chosen, device)
-        if verify is not None:
-            made.verify(verify)
-        if sign is not None:
-            made = made.signed(sign)
         row = install(host, device, made, cargo.name, keep, tell)
         return {**row, "candidate": chosen, "why": why, "bundle": made.to_json(), "device": device.to_json()}
 
@@ -167,12 +177,8 @@ def write(
     """
     if len(where.hosts) > 1:
         raise UsageError("--bundle for several devices", "write one for each: they may need other wheels")
-    cargo = _cargo(
-        Path(build), target, candidate, name, targets_dir,
-        lambda root, goal, chosen, device: bundles.make(
-            root, goal, (chosen,), device, online=online, service=service, data=data, name=name, progress=progress
-        ),
-    )  # fmt: skip
+    asked = Asked(candidate, name, online, service, data, sign, verify)
+    cargo = _cargo(Path(build), target, targets_dir, asked, progress)
     device: DeviceFacts
     if where.hosts:
         with where.open(where.hosts[0]) as host:
@@ -182,10 +188,6 @@ def write(
         device = _described(cargo.target, python)
     chosen, why = cargo.candidate(where.hosts[0] if where.hosts else None)
     made = cargo.make(chosen, device)
-    if verify is not None:
-        made.verify(verify)
-    if sign is not None:
-        made = made.signed(sign)
     made.write(out)
     goal = cargo.target.name if cargo.target is not None else None
     told = {"candidate": chosen, "why": why, "path": str(out), "bundle": made.to_json()}
@@ -197,7 +199,7 @@ def _described(target: Target | None, python: str | None) -> Described:
     if python is not None and not re.fullmatch(r"3\.\d+", python):
         raise UsageError(f"--device-python {python}", "give major and minor, such as 3.11")
     spec = target.device if target is not None else None
-    arch = spec.arch if spec is not None else _MACHINES.get(platform.machine(), platform.machine())
+    arch = spec.arch if spec is not None else architecture()
     return Described(arch, python or DEVICE_PYTHON, DEVICE_GLIBC, memory_bytes=spec.memory_bytes if spec else None)
 
 
@@ -296,47 +298,48 @@ def _each(where: Where, one: Callable[[Host, Progress], dict[str, Any]], progres
 
 
 # --- what is shipped -------------------------------------------------------------------------------
-def _cargo(
-    path: Path,
-    target: str | None,
-    candidate: str | None,
-    name: str | None,
-    targets_dir: Path | None,
-    make: Callable[[Path, Target, str, DeviceFacts], Bundle],
-) -> Cargo:
+def _cargo(path: Path, target: str | None, targets_dir: Path | None, asked: Asked, progress: Progress) -> Cargo:
     if bundles.is_bundle(path):
         made = bundles.open_bundle(path)
         if target is not None and made.manifest["target"] != target:
             raise BundleError(f"'{path}' is a bundle for {made.manifest['target']}, not {target}", "leave -t out")
         ships = made.manifest["ship"]
-        if candidate not in (None, ships):
-            raise BundleError(f"'{path}' holds {ships}, not {candidate}", "make a bundle of it")
+        if asked.candidate not in (None, ships):
+            raise BundleError(f"'{path}' holds {ships}, not {asked.candidate}", "make a bundle of it")
 
         def given(chosen: str, device: DeviceFacts) -> Bundle:
             bundles.check_fits(made.manifest, device)
-            return made
+            return asked.checked(made)
 
-        return Cargo(name or made.manifest["name"], None, lambda host: (ships, "what the bundle holds"), given)
+        return Cargo(asked.name or made.manifest["name"], None, lambda host: (ships, "what the bundle holds"), given)
     root = artifact.check_build(path)
     goal = load_target(target_of(root, target), targets_dir)
-    made_of = lambda chosen, device: make(root, goal, chosen, device)  # noqa: E731
-    return Cargo(
-        name or bundles.name_of(root), goal, lambda host: choose(root, goal.name, host or ELSEWHERE, candidate), made_of
-    )
+
+    def fresh(chosen: str, device: DeviceFacts) -> Bundle:
+        made = bundles.make(
+            root, goal, (chosen,), device, online=asked.online, service=asked.service, data=asked.data,
+            name=asked.name, progress=progress,
+        )  # fmt: skip
+        return asked.checked(made)
+
+    def picked(host: str | None) -> tuple[str, str]:
+        return choose(root, goal.name, host or ELSEWHERE, asked.candidate)
+
+    return Cargo(asked.name or bundles.name_of(root), goal, picked, fresh)
 
 
 def check_target(target: Target | None, device: Device) -> None:
     """The device must be of the target's kind: its processor, and its board where it says which it is."""
     if target is None or target.device is None:
         return
-    board = device.facts.get("board")
-    if target.device.arch == device.arch and not target.device.is_model(board):
+    if target.device.arch == device.arch:
+        board = device.facts.get("board")
+        if target.device.is_model(board):
+            return
         raise DeviceError(
             f"{device.host}: it is a {board}, {target.name} is for {' or '.join(target.device.models)}",
             "convert for that board, or for linux-arm64, which any 64-bit Arm board runs",
         )
-    if target.device.arch == device.arch:
-        return
     under = f" (a 32-bit Python on {device.machine})" if device.arch != device.machine else ""
     raise DeviceError(
         f"{device.host}: it is {device.arch}{under}, {target.name} is {target.device.arch}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -56,3 +57,13 @@ def _device(name: str, **options: object) -> Device:
     if reason := missing(name):
         pytest.skip(reason)
     return Device(name, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def fetched_wheels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wheels come from where they were fetched before; pip is not asked."""
+    cache = Path(os.environ.get("EDGEKIT_DEVICES", "")) / "cache"
+    if not cache.is_dir():
+        pytest.skip("no wheels for devices: `python tests/device/fetch_wheels.py $EDGEKIT_DEVICES` fetches them")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")

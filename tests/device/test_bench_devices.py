@@ -18,9 +18,9 @@ from edgekit.report.markdown import render_markdown
 from edgekit.report.terminal import render_text
 from tests.device.devices import Device, RealPi
 from tests.device.test_deploy import DIGITS, native
-from tests.device.test_deploy import _wheels as _wheels
 from tests.device.test_deploy import build as build
 
+pytestmark = pytest.mark.usefixtures("fetched_wheels")
 TEST = str(DIGITS / "digits_test.npz")
 
 

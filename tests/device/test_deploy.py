@@ -31,16 +31,7 @@ DIGITS = Path(__file__).parent.parent.parent / "examples" / "digits"
 TARGETS = ("tflite", "linux-arm64", "linux-armv7")
 INT8 = ("tflite-int8", "onnxruntime-int8")
 native = pytest.mark.skipif(machine.architecture() != "x86_64", reason="the native device is an x86-64 Debian")
-
-
-@pytest.fixture(autouse=True)
-def _wheels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wheels come from where they were fetched before; pip is not asked."""
-    cache = Path(os.environ.get("EDGEKIT_DEVICES", "")) / "cache"
-    if not cache.is_dir():
-        pytest.skip("no wheels for devices: `python tests/device/fetch_wheels.py $EDGEKIT_DEVICES` fetches them")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
+pytestmark = pytest.mark.usefixtures("fetched_wheels")
 
 
 @pytest.fixture(scope="session")

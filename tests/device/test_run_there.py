@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,24 +14,13 @@ import pytest
 from PIL import Image
 
 from edgekit import errors, pipeline, running
-from edgekit.bench import machine
 from edgekit.deploy import shipping
 from edgekit.deploy.shipping import Where
 from tests.device.devices import Device, RealPi
+from tests.device.test_deploy import DIGITS, native
 
-DIGITS = Path(__file__).parent.parent.parent / "examples" / "digits"
 NAME = "digits_cnn"
-native = pytest.mark.skipif(machine.architecture() != "x86_64", reason="the native device is an x86-64 Debian")
-
-
-@pytest.fixture(autouse=True)
-def _wheels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wheels come from where they were fetched before; pip is not asked."""
-    cache = Path(os.environ.get("EDGEKIT_DEVICES", "")) / "cache"
-    if not cache.is_dir():
-        pytest.skip("no wheels for devices: `python tests/device/fetch_wheels.py $EDGEKIT_DEVICES` fetches them")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
+pytestmark = pytest.mark.usefixtures("fetched_wheels")
 
 
 @pytest.fixture(scope="session")
