@@ -136,12 +136,15 @@ def test_a_bundle_file_is_deployed_as_it_is_and_runs_where_it_was_unpacked(
 
 
 def test_arm64_installs_tests_and_runs(build: Path, arm64_device: Device | RealPi) -> None:
+    made: dict[str, Any] = {}
     for candidate in ("onnxruntime-int8", "tflite-int8"):
+        before = made
         made = ship(build, arm64_device, "linux-arm64", candidate=candidate)
         assert made["status"] in ("installed", "already there")
         assert made["bundle"]["size_bytes"] < 60e6
     with np.load(DIGITS / "digits_test.npz") as data:
         assert answers(arm64_device) == [int(v) for v in data["y"][:4]]
+    assert row(shipping.rollback_to_last("digits_cnn", where(arm64_device)))["digest"] == before["digest"]
 
 
 def test_int8_sums_are_the_same_bits_on_arm64(arm64_device: Device | RealPi, tmp_path: Path) -> None:
